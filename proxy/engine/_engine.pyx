@@ -1,0 +1,696 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, cdivision=True, initializedcheck=False
+"""The compiled engine. Its design is in the package's docstring; its Python face is at the end of this file."""
+
+include "platform.pxi"
+include "ring.pxi"
+include "arena.pxi"
+include "core.pxi"
+include "extents.pxi"
+include "claims.pxi"
+include "stream.pxi"
+include "requests.pxi"
+include "file.pxi"
+include "remote.pxi"
+include "door.pxi"
+include "copier.pxi"
+include "loop.pxi"
+include "uring.pxi"
+include "simulator.pxi"
+
+import os
+import threading
+
+from proxy.engine.types import (
+    DeviceStatistics, Event, EventKind, LegRole, OpKind, PendingOp,
+    RequestKind, Statistics,
+)
+
+cdef struct AddLegMail:
+    Leg leg
+    int32_t error
+
+cdef struct LegMail:
+    int64_t id
+    uint32_t range_count
+    CopyRange *ranges
+    int32_t error
+
+cdef struct RequestMail:
+    uint8_t kind
+    uint32_t disk
+    uint64_t offset
+    uint64_t length
+    uint64_t token
+    int32_t error
+
+cdef Leg *leg_by_id(Core *core, int64_t id) noexcept nogil:
+    cdef uint32_t i
+    for i in range(LEG_SLOTS):
+        if core.legs[i].in_use and core.legs[i].id == id:
+            return &core.legs[i]
+    return NULL
+
+cdef void mail_add_leg(Core *core, void *arguments) noexcept nogil:
+    cdef AddLegMail *request = <AddLegMail *>arguments
+    cdef Leg *leg
+    cdef Device *device
+    cdef uint32_t i, j
+    request.error = EBUSY
+    for i in range(LEG_SLOTS):
+        leg = &core.legs[i]
+        if leg.in_use:
+            continue
+        leg[0] = request.leg
+        leg.in_use = True
+        for j in range(leg.device_count):
+            device = &leg.devices[j]
+            device.leg = leg
+            if device.kind == DEVICE_NBD:
+                stream_receive(core, device.stream)
+        request.error = 0
+        return
+
+cdef void mail_forget_leg(Core *core, void *arguments) noexcept nogil:
+    (<Leg *>arguments).in_use = False
+
+cdef void mail_fence(Core *core, void *arguments) noexcept nogil:
+    fence(core, <Leg *>arguments)
+
+cdef void mail_close_leg(Core *core, void *arguments) noexcept nogil:
+    leg_close(core, <Leg *>arguments)
+
+cdef void mail_copy(Core *core, void *arguments) noexcept nogil:
+    cdef LegMail *request = <LegMail *>arguments
+    cdef Leg *leg = leg_by_id(core, request.id)
+    cdef CopyRange *before = leg.copy_ranges
+    leg.copy_ranges = request.ranges
+    request.error = copier_start(core, leg, request.range_count)
+    if request.error:
+        leg.copy_ranges = before
+    else:
+        request.ranges = before  # the control thread frees what it gets back
+
+cdef void mail_hold(Core *core, void *arguments) noexcept nogil:
+    hold(core)
+
+cdef void mail_release(Core *core, void *arguments) noexcept nogil:
+    release(core)
+
+cdef void mail_install(Core *core, void *arguments) noexcept nogil:
+    install(core, <Map *>arguments)
+
+cdef void mail_fail_parked(Core *core, void *arguments) noexcept nogil:
+    fail_parked(core)
+
+cdef void mail_open_connection(Core *core, void *arguments) noexcept nogil:
+    connection_open(core, <Connection *>arguments)
+
+cdef void mail_end_connection(Core *core, void *arguments) noexcept nogil:
+    connection_end(core, <Connection *>arguments)
+
+cdef void mail_request(Core *core, void *arguments) noexcept nogil:
+    cdef RequestMail *mail = <RequestMail *>arguments
+    cdef Request *request = request_take(core, True)
+    mail.error = EBUSY
+    if request == NULL:
+        return
+    request.kind = mail.kind
+    request.disk = mail.disk
+    request.offset = mail.offset
+    request.length = mail.length
+    request.token = mail.token
+    if (mail.offset | mail.length) & (CLAIM_BLOCK - 1):
+        request.buffer = arena_take(&core.arena, 2 * CLAIM_BLOCK)
+        if request.buffer == NULL:
+            request_free(core, request)
+            return
+        request.edges = request.buffer
+    mail.error = 0
+    admit(core, request)
+
+
+cdef bint stream_open(Stream *stream, int fd) noexcept:
+    stream.fd = fd
+    stream.rx = <char *>malloc(RX_BYTES)
+    return stream.rx != NULL
+
+cdef void connection_free(Connection *connection) noexcept:
+    close(connection.stream.fd)
+    free(connection.stream.rx)
+    free(connection)
+
+cdef void leg_free(Leg *leg) noexcept:
+    cdef uint32_t i
+    for i in range(leg.device_count):
+        close(leg.devices[i].fd)
+        if leg.devices[i].stream != NULL:
+            free(leg.devices[i].stream.rx)
+            free(leg.devices[i].stream)
+    free(leg.devices)
+    free(leg.copy_ranges)
+
+cdef void map_free(Map *map) noexcept:
+    free(map.disks)
+    free(map)
+
+
+cdef class Engine:
+    """One data plane. Every method is the control thread's; run() alone is the data thread's.
+
+    Args:
+        nbd_errors: errno to the protocol's error value; what is missing is EIO.
+        deadline_ns: how long a device may take for one operation before it is reported.
+    """
+
+    cdef Core *core
+    cdef object _lock
+    cdef object _thread
+    cdef Connection *_connections[CONNECTIONS_MAX]
+    cdef dict _maps            # generation -> (address of the Map, what keeps its arrays alive)
+    cdef uint64_t _next_token
+
+    def __cinit__(self, *, dict nbd_errors, uint64_t deadline_ns):
+        cdef Core *core
+        cdef uint32_t i
+        self.core = core = <Core *>calloc(1, sizeof(Core))
+        if core == NULL:
+            raise MemoryError
+        self._lock = threading.Lock()
+        self._maps = {}
+        self._next_token = 1
+        core.deadline_ns = deadline_ns
+        core.wake_fd = core.event_fd = -1
+        core.requests = <Request *>calloc(REQUESTS_MAX, sizeof(Request))
+        core.subops = <SubOp *>calloc(SUBOPS_MAX, sizeof(SubOp))
+        if core.requests == NULL or core.subops == NULL or arena_open(&core.arena) < 0:
+            raise MemoryError
+        core.zeroes = <char *>mmap(NULL, ZERO_FILL_BYTES, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+        if core.zeroes == <char *>MAP_FAILED:
+            core.zeroes = NULL
+            raise MemoryError
+        for i in range(REQUESTS_MAX):
+            list_push(&core.free_requests, &core.requests[i])
+        for i in range(SUBOPS_MAX):
+            core.subops[i].op.done = file_done
+            core.subops[i].op.owner = &core.subops[i]
+            core.subops[i].next = core.free_subops
+            core.free_subops = &core.subops[i]
+        for i in range(256):
+            core.nbd_errors[i] = <uint8_t>(0 if i == 0 else nbd_errors.get(i, EIO))
+        pthread_mutex_init(&core.mutex, NULL)
+        pthread_cond_init(&core.mail_taken, NULL)
+        # The ring waits on the first itself, so it must not be non-blocking.
+        core.wake_fd = eventfd(0, EFD_CLOEXEC)
+        core.event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        if core.wake_fd < 0 or core.event_fd < 0:
+            raise OSError(errno, os.strerror(errno))
+        core.held = True  # until the first map there is nothing to run under
+
+    def __dealloc__(self):
+        cdef Core *core = self.core
+        cdef uint32_t i
+        if core == NULL:
+            return
+        if anything_in_flight(core):
+            return  # a device that never answered may still write into our memory: leave it mapped
+        for i in range(LEG_SLOTS):
+            if core.legs[i].in_use:
+                leg_free(&core.legs[i])
+        for i in range(CONNECTIONS_MAX):
+            if self._connections[i] != NULL:
+                connection_free(self._connections[i])
+        for address, _ in self._maps.values():
+            map_free(<Map *><size_t>address)
+        if core.wake_fd >= 0:
+            close(core.wake_fd)
+        if core.event_fd >= 0:
+            close(core.event_fd)
+        if core.zeroes != NULL:
+            munmap(core.zeroes, ZERO_FILL_BYTES)
+        arena_close(&core.arena)
+        free(core.requests)
+        free(core.subops)
+        pthread_cond_destroy(&core.mail_taken)
+        pthread_mutex_destroy(&core.mutex)
+        free(core)
+
+    cdef int _mail(self, mail_t function, void *arguments) except -1:
+        cdef bint taken = False
+        with self._lock:
+            with nogil:
+                taken = mail(self.core, function, arguments)
+        if not taken:
+            raise RuntimeError("the engine is not running")
+        return 0
+
+    cdef Leg *_leg(self, int64_t leg_id) except NULL:
+        cdef Leg *leg = leg_by_id(self.core, leg_id)
+        if leg == NULL:
+            raise KeyError(leg_id)
+        return leg
+
+    # --- Life ------------------------------------------------------------------------------------
+
+    def start(self):
+        """Start the data thread and wait until it takes commands.
+
+        Raises:
+            OSError: the kernel gives no ring.
+        """
+        cdef int32_t error
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+        with nogil:
+            pthread_mutex_lock(&self.core.mutex)
+            while not self.core.running_loop and not self.core.start_error:
+                pthread_cond_wait(&self.core.mail_taken, &self.core.mutex)
+            error = self.core.start_error
+            pthread_mutex_unlock(&self.core.mutex)
+        if error:
+            raise OSError(error, f"io_uring is not to be had: {os.strerror(error)}")
+
+    def _run(self):
+        with nogil:
+            run_loop(self.core)
+
+    def stop(self):
+        """Cut every stream, wait for what is in flight on files, and end the data thread."""
+        self._mail(stop, NULL)
+        self._thread.join()
+
+    @property
+    def event_fd(self):
+        """Readable when events() has something."""
+        return self.core.event_fd
+
+    def events(self):
+        """All events since the last call, oldest first. Memory of what they say is gone is freed here."""
+        cdef Core *core = self.core
+        cdef EventRecord record
+        cdef bint more = True
+        cdef list found = []
+        try:
+            os.read(core.event_fd, 8)
+        except BlockingIOError:
+            pass
+        while True:
+            pthread_mutex_lock(&core.mutex)
+            more = core.event_count > 0
+            if more:
+                record = core.events[core.event_first]
+                core.event_first = (core.event_first + 1) % EVENTS_MAX
+                core.event_count -= 1
+            pthread_mutex_unlock(&core.mutex)
+            if not more:
+                return found
+            if record.kind == EVENT_MAP_RETIRED:
+                address, _ = self._maps.pop(record.generation)
+                map_free(<Map *><size_t>address)
+            elif record.kind == EVENT_CONNECTION_CLOSED:
+                connection_free(self._connections[record.a])
+                self._connections[record.a] = NULL
+            elif record.kind == EVENT_LEG_CLOSED:
+                leg = leg_by_id(core, record.leg)
+                self._mail(mail_forget_leg, leg)
+                leg_free(leg)
+            found.append(Event(EventKind(record.kind), record.leg, record.device, record.code,
+                               record.generation, record.a, record.b))
+
+    # --- Legs ------------------------------------------------------------------------------------
+
+    def add_leg(self, int64_t leg_id, devices):
+        """Make a leg of connected devices (DeviceSpec, in the order of the group) known to the engine.
+
+        Nothing is sent to it before a map names it. The descriptors are the engine's from here on,
+        also when this raises.
+        """
+        cdef AddLegMail request
+        cdef Device *device
+        cdef uint32_t i
+        memset(&request, 0, sizeof(request))
+        request.leg.core = self.core
+        request.leg.id = leg_id
+        request.leg.device_count = <uint32_t>len(devices)
+        request.leg.devices = <Device *>calloc(len(devices), sizeof(Device))
+        if request.leg.devices == NULL:
+            raise MemoryError
+        for i in range(request.leg.device_count):
+            spec = devices[i]
+            device = &request.leg.devices[i]
+            device.core = self.core
+            device.index = i
+            device.fd = spec.fd
+            device.kind = spec.kind
+            device.block_size = spec.block_size
+            device.transfer_max = spec.transfer_max
+            device.in_memory = spec.in_memory
+            device.can_flush = spec.can_flush
+            device.can_fua = spec.can_fua
+            device.can_zero = spec.can_zero
+            device.can_punch = device.can_zero_range = True
+            if device.kind == DEVICE_NBD:
+                device.stream = <Stream *>calloc(1, sizeof(Stream))
+                if device.stream == NULL or not stream_open(device.stream, spec.fd):
+                    leg_free(&request.leg)
+                    raise MemoryError
+                device.stream.rx_op.done = remote_receive_done
+                device.stream.tx_op.done = remote_send_done
+                device.stream.rx_op.owner = device.stream.tx_op.owner = device
+        if leg_by_id(self.core, leg_id) != NULL:
+            leg_free(&request.leg)
+            raise ValueError(f"leg {leg_id} is known already")
+        try:
+            self._mail(mail_add_leg, &request)
+        except BaseException:
+            leg_free(&request.leg)
+            raise
+        if request.error:
+            leg_free(&request.leg)
+            raise OSError(request.error, f"more than {LEG_SLOTS} legs, with those not drained yet")
+
+    def fence_leg(self, int64_t leg_id):
+        """Close the gate: nothing is issued to this leg ever again. LEG_DRAINED tells when all has come back."""
+        self._mail(mail_fence, self._leg(leg_id))
+
+    def close_leg(self, int64_t leg_id):
+        """Fence a leg and cut its streams; LEG_CLOSED tells when it is gone and its id is free again."""
+        self._mail(mail_close_leg, self._leg(leg_id))
+
+    def copy_leg(self, int64_t leg_id, ranges):
+        """Begin to copy ``ranges`` (disk number, offset, length in bytes) to a leg that is syncing.
+
+        COPIED tells how it ended.
+        """
+        cdef LegMail request
+        cdef uint32_t i
+        memset(&request, 0, sizeof(request))
+        self._leg(leg_id)
+        request.id = leg_id
+        request.range_count = <uint32_t>len(ranges)
+        request.ranges = <CopyRange *>calloc(len(ranges) or 1, sizeof(CopyRange))
+        if request.ranges == NULL:
+            raise MemoryError
+        try:
+            for i, (disk, offset, length) in enumerate(ranges):
+                if length <= 0 or offset < 0 or (offset | length) % CLAIM_BLOCK:
+                    raise ValueError(f"range {offset}+{length} is not made of whole blocks")
+                request.ranges[i].disk = disk
+                request.ranges[i].offset = offset
+                request.ranges[i].length = length
+            self._mail(mail_copy, &request)
+        finally:
+            free(request.ranges)
+        if request.error:
+            raise OSError(request.error, os.strerror(request.error))
+
+    def copy_progress(self, int64_t leg_id):
+        """Bytes copied and in all, of the copy to this leg that goes on; None when there is none."""
+        cdef uint32_t i
+        for i in range(LEGS_MAX):
+            if self.core.copiers[i].in_use and self.core.copiers[i].leg.id == leg_id:
+                return self.core.copiers[i].copied, self.core.copiers[i].total
+        return None
+
+    # --- The map ---------------------------------------------------------------------------------
+
+    def install(self, uint64_t generation, legs, disks):
+        """Switch to a new map, between two batches. What failed under the old one is done again.
+
+        Args:
+            generation: higher than any before.
+            legs: (leg id, LegRole) pairs; exactly one is ACTIVE.
+            disks: (number, size in bytes, one extent map per leg) by ascending number. An extent
+                map has ``offsets``, ``devices`` and ``device_offsets`` as proxy.extentmap.ExtentMap;
+                it covers the size rounded up to whole blocks.
+        """
+        cdef Core *core = self.core
+        cdef const uint64_t[::1] offsets
+        cdef const uint32_t[::1] devices
+        cdef const uint64_t[::1] device_offsets
+        cdef Map *map
+        cdef Leg *leg
+        cdef LegTable *table
+        cdef uint32_t i, j, highest
+        cdef uint64_t k
+        cdef list kept = []
+        if not 1 <= len(legs) <= LEGS_MAX:
+            raise ValueError(f"{len(legs)} legs; a map has 1 to {LEGS_MAX}")
+        if [role for _, role in legs].count(LegRole.ACTIVE) != 1:
+            raise ValueError("exactly one leg is active")
+        if core.map != NULL and generation <= core.map.generation or generation in self._maps:
+            raise ValueError(f"generation {generation} is not newer than the installed one")
+        map = <Map *>calloc(1, sizeof(Map))
+        if map == NULL:
+            raise MemoryError
+        map.disks = <DiskMap *>calloc(len(disks) or 1, sizeof(DiskMap))
+        try:
+            if map.disks == NULL:
+                raise MemoryError
+            map.generation = generation
+            map.leg_count = <uint32_t>len(legs)
+            map.disk_count = <uint32_t>len(disks)
+            map.block_size = 1
+            map.can_fua = map.can_zero = True
+            for i, (leg_id, role) in enumerate(legs):
+                leg = self._leg(leg_id)
+                map.legs[i] = leg
+                map.roles[i] = role
+                if role == LegRole.ACTIVE:
+                    map.active = i
+                for j in range(leg.device_count):
+                    if leg.devices[j].block_size > map.block_size:
+                        map.block_size = leg.devices[j].block_size
+                    map.can_fua = map.can_fua and leg.devices[j].can_fua
+                    map.can_zero = map.can_zero and (
+                        leg.devices[j].kind == DEVICE_FILE or leg.devices[j].can_zero)
+            if map.block_size > CLAIM_BLOCK:
+                raise ValueError(f"blocks of {map.block_size} bytes; at most {CLAIM_BLOCK} are supported")
+            for i, (number, size, tables) in enumerate(disks):
+                map.disks[i].number = number
+                map.disks[i].size = size
+                if i and map.disks[i - 1].number >= map.disks[i].number:
+                    raise ValueError("disks are not in ascending order of number")
+                if len(tables) != len(legs):
+                    raise ValueError(f"disk {number} has {len(tables)} extent maps for {len(legs)} legs")
+                for j, extent_map in enumerate(tables):
+                    offsets = extent_map.offsets
+                    devices = extent_map.devices
+                    device_offsets = extent_map.device_offsets
+                    kept.append((offsets, devices, device_offsets))
+                    table = &map.disks[i].tables[j]
+                    table.count = <uint64_t>devices.shape[0]
+                    if (table.count == 0 or <uint64_t>offsets.shape[0] != table.count + 1
+                            or <uint64_t>device_offsets.shape[0] != table.count):
+                        raise ValueError(f"the extent map of disk {number} is malformed")
+                    table.offsets = &offsets[0]
+                    table.devices = &devices[0]
+                    table.device_offsets = &device_offsets[0]
+                    if table.offsets[table.count] < (map.disks[i].size + CLAIM_BLOCK - 1) // CLAIM_BLOCK * CLAIM_BLOCK:
+                        raise ValueError(f"the extent map of disk {number} is shorter than the disk")
+                    highest = 0
+                    for k in range(table.count):
+                        if table.devices[k] > highest:
+                            highest = table.devices[k]
+                    if highest >= map.legs[j].device_count:
+                        raise ValueError(f"the extent map of disk {number} names a device its leg has not")
+            self._maps[generation] = (<size_t>map, kept)
+            self._mail(mail_install, map)
+        except BaseException:
+            self._maps.pop(generation, None)
+            map_free(map)
+            raise
+
+    def hold(self):
+        """Admit no request to the devices; DRAINED tells when those under way are done or parked."""
+        self._mail(mail_hold, NULL)
+
+    def release(self):
+        """Do again what was parked, let in what was held; REPLAYED tells what clients felt of it."""
+        if self.core.map == NULL:
+            raise RuntimeError("there is no map to run under yet")
+        self._mail(mail_release, NULL)
+
+    def fail_parked(self):
+        """Answer parked requests with the error they met."""
+        self._mail(mail_fail_parked, NULL)
+
+    def submit(self, kind, uint32_t disk=0, uint64_t offset=0, uint64_t length=0):
+        """Have a FLUSH or ZERO of the engine's own carried out like a client's; the token DONE names."""
+        cdef RequestMail request
+        memset(&request, 0, sizeof(request))
+        request.kind = RequestKind(kind)
+        request.disk = disk
+        request.offset = offset
+        request.length = length
+        request.token = self._next_token
+        self._next_token += 1
+        self._mail(mail_request, &request)
+        if request.error:
+            raise OSError(request.error, os.strerror(request.error))
+        return request.token
+
+    # --- Connections -----------------------------------------------------------------------------
+
+    def add_connection(self, int fd, uint32_t disk, *, bint obeys_block_size, bytes leftover=b""):
+        """Serve a client that has finished negotiation; the number its events name.
+
+        Args:
+            fd: its socket, in blocking mode; the engine's from here on.
+            disk: the number of the disk it chose.
+            obeys_block_size: it was told the smallest block on its own asking.
+            leftover: what it had already sent of its first requests.
+        """
+        cdef Connection *connection
+        cdef uint32_t number = 0
+        if len(leftover) > RX_BYTES:
+            raise ValueError("more early bytes than a receive buffer holds")
+        while number < CONNECTIONS_MAX and self._connections[number] != NULL:
+            number += 1
+        if number == CONNECTIONS_MAX:
+            raise OSError(EBUSY, f"more than {CONNECTIONS_MAX} connections")
+        connection = <Connection *>calloc(1, sizeof(Connection))
+        if connection == NULL:
+            raise MemoryError
+        if not stream_open(&connection.stream, fd):
+            free(connection)
+            raise MemoryError
+        connection.core = self.core
+        connection.number = number
+        connection.disk = disk
+        connection.obeys_block_size = obeys_block_size
+        connection.stream.rx_op.done = connection_receive_done
+        connection.stream.tx_op.done = connection_send_done
+        connection.stream.rx_op.owner = connection.stream.tx_op.owner = connection
+        memcpy(connection.stream.rx, <const char *>leftover, len(leftover))
+        connection.stream.rx_end = <uint32_t>len(leftover)
+        self._connections[number] = connection
+        try:
+            self._mail(mail_open_connection, connection)
+        except BaseException:
+            self._connections[number] = NULL
+            connection_free(connection)
+            raise
+        return number
+
+    def end_connection(self, uint32_t number):
+        """Read no more from a client, answer what it has asked, then close; CONNECTION_CLOSED tells."""
+        if number >= CONNECTIONS_MAX or self._connections[number] == NULL:
+            raise KeyError(number)
+        self._mail(mail_end_connection, self._connections[number])
+
+    # --- Statistics ------------------------------------------------------------------------------
+
+    def statistics(self):
+        """Counters of the whole engine, as they stand."""
+        cdef Core *core = self.core
+        cdef Counters s = core.counters
+        return Statistics(
+            s.reads, s.writes, s.flushes, s.trims, s.zeroes, s.read_bytes, s.written_bytes, s.errors, s.refused,
+            s.waited, s.parked, s.replayed, s.late, core.connection_count, core.running, core.held,
+            core.map.generation if core.map != NULL else 0, core.arena.used_bytes)
+
+    def device_statistics(self, int64_t leg_id):
+        """Counters of each device of a leg, in order."""
+        cdef Leg *leg = self._leg(leg_id)
+        cdef Device *d
+        cdef uint32_t i
+        cdef list found = []
+        for i in range(leg.device_count):
+            d = &leg.devices[i]
+            found.append(DeviceStatistics(
+                d.reads, d.writes, d.flushes, d.read_bytes, d.written_bytes, d.errors, d.in_flight, d.late,
+                d.unproven, d.latency_max_ns, d.error, d.lost))
+        return found
+
+
+cdef class SimulatedEngine(Engine):
+    """The same engine on the simulator: no thread, no system calls, time and completions from the test.
+
+    Commands take effect at once; step() runs one batch of what was completed.
+    """
+
+    cdef SimRing sim
+
+    def __cinit__(self, **_):
+        sim_open(&self.sim)
+        self.core.ring = &self.sim.face
+        self.core.stepped = True
+        self.core.now_ns = self.sim.clock_ns
+
+    def __dealloc__(self):
+        self.sim.pending = NULL
+
+    @property
+    def now_ns(self):
+        """The simulated time."""
+        return self.sim.clock_ns
+
+    @now_ns.setter
+    def now_ns(self, uint64_t now_ns):
+        self.sim.clock_ns = now_ns
+
+    def step(self):
+        """Take in all completions so far and do what follows from them."""
+        with nogil:
+            sim_wait(&self.sim.face, self.core, 0)
+            settle_all(self.core)
+
+    def pending(self):
+        """Operations submitted and not completed, in order of submission."""
+        cdef Op *op = self.sim.pending
+        cdef uint64_t length
+        cdef size_t i
+        cdef list found = []
+        while op != NULL:
+            length = op.length
+            if op.kind == OP_RECEIVE or op.kind == OP_SEND:
+                length = 0
+                for i in range(op.message.msg_iovlen):
+                    length += op.message.msg_iov[i].iov_len
+            found.append(PendingOp(op.number, OpKind(op.kind), op.fd, op.offset, length, op.flags))
+            op = op.next
+        found.reverse()
+        return found
+
+    def data(self, uint64_t number):
+        """The bytes a pending WRITE or SEND would put out."""
+        cdef Op *op = sim_find(&self.sim, number, False)
+        cdef size_t i
+        if op == NULL:
+            raise KeyError(number)
+        if op.kind == OP_WRITE:
+            return <bytes>op.data[:op.length]
+        return b"".join([
+            <bytes>(<char *>op.message.msg_iov[i].iov_base)[:op.message.msg_iov[i].iov_len]
+            for i in range(op.message.msg_iovlen)])
+
+    def complete(self, uint64_t number, int64_t result, bytes data=b""):
+        """Complete an operation; ``data`` is what a READ or RECEIVE brings. Taken in by the next step()."""
+        cdef Op *op = sim_find(&self.sim, number, True)
+        cdef const char *source = data
+        cdef size_t left = <size_t>len(data)
+        cdef size_t i, length
+        if op == NULL:
+            raise KeyError(number)
+        if op.kind == OP_READ:
+            if left > op.length:
+                raise ValueError("more data than was asked for")
+            memcpy(op.data, source, left)
+        elif op.kind == OP_RECEIVE:
+            for i in range(op.message.msg_iovlen):
+                length = op.message.msg_iov[i].iov_len
+                if length > left:
+                    length = left
+                memcpy(op.message.msg_iov[i].iov_base, source, length)
+                source += length
+                left -= length
+            if left:
+                raise ValueError("more data than was asked for")
+        sim_complete(&self.sim, op, result)
+
+    def take_shut(self):
+        """Descriptors whose streams the engine has ended since the last call."""
+        cdef uint32_t i
+        cdef list found = [self.sim.shut_fds[i] for i in range(self.sim.shut_count)]
+        self.sim.shut_count = 0
+        return found

@@ -1,0 +1,415 @@
+# The engine's state: plain C structures in fixed pools, touched by the data thread only (the mailbox
+# and the event queue, which two threads share, say so).
+
+cdef enum:
+    LEGS_MAX = 4               # of one map: proxy.model.LEGS_MAX
+    LEG_SLOTS = 16             # known at once, with fenced ones whose last answers are still awaited
+    REQUESTS_MAX = 2048
+    # What the engine's own work (copying, zeroing) always finds free, so that clients cannot starve it.
+    REQUESTS_RESERVED = 64
+    SUBOPS_MAX = 4096
+    # Of one request in flight: a long one advances in steps, so that it cannot take the whole pool.
+    SUBOPS_PER_REQUEST = 64
+    CONNECTIONS_MAX = 1024
+    # Of one connection: past either, its socket is not read until answers have gone out.
+    REQUESTS_PER_CONNECTION = 256
+    BYTES_PER_CONNECTION = 48 << 20   # room for the largest request and half as much again
+    PAYLOAD_MAX = 32 << 20     # of one READ or WRITE: what proto.md asks every server to take
+    ZERO_FILL_BYTES = 1 << 20  # of one write that stands in for a missing "zero this" of a device
+    ALLOCATE_MAX = 64 << 20    # of one "zero this", so that it ends well within a deadline
+    EVENTS_MAX = 16384
+    CLAIM_BLOCK = 4096         # claims are rounded out to this: proxy.model.BLOCK_SIZE_MAX
+    TICK_NS = 50000000         # how often deadlines are looked at
+    IDLE_NS = 1000000000       # how long it sleeps with nothing in flight
+    GIVE_BACK_NS = 5000000000  # idle this long, the arena's memory goes back to the kernel
+    STOP_PATIENCE_NS = 2000000000  # how long a stop waits for devices that do not answer
+    FLUSH_PATIENCE = 4         # a flush may take this many deadlines: it answers for many writes
+    SEND_IOVS = 512            # of one send: below the kernel's 1,024, and enough for a full batch
+    BLOCK_SIZE_MIN = 512       # what a client that asks is told to keep to
+    # A client that stops in the middle of a write's payload holds memory others wait for.
+    PAYLOAD_PATIENCE_NS = 30000000000
+    COPY_CHUNK = 512 << 10     # of one step of a copy: what a client's write may have to wait for
+    COPY_WINDOW = 4            # steps of one copy in flight
+
+cdef enum:  # RequestKind
+    READ = 0
+    WRITE = 1
+    FLUSH = 3
+    TRIM = 4
+    ZERO = 6
+    COPY = 7                   # ours: from the active leg to one that is syncing
+
+cdef enum:  # RequestState
+    IDLE                       # in the pool, or being received
+    HELD                       # admitted while the domain holds
+    WAITING                    # for an earlier overlapping request
+    RUNNING
+    PARKED                     # a leg failed it: to be done again, whole, under the next map
+    FINISHED                   # on its way out
+
+cdef enum:  # Phase
+    READING
+    READING_EDGES              # of an unaligned write: the blocks it shares with its neighbours
+    WRITING
+    WRITING_EDGES              # of an unaligned ZERO
+    ZEROING
+    FLUSHING
+
+cdef enum:  # SubOpKind
+    SUB_READ
+    SUB_WRITE
+    SUB_ZERO
+    SUB_ZERO_FILL              # a SUB_ZERO the device cannot do, carried out as writes
+    SUB_FLUSH
+
+cdef enum:  # LegRole
+    ROLE_ACTIVE = 0            # reads and writes
+    ROLE_BACKUP = 1            # up to date: writes
+    ROLE_SYNCING = 2           # writes, and being copied to
+
+cdef enum:  # DeviceKind
+    DEVICE_FILE = 0
+    DEVICE_NBD = 1
+
+cdef enum:  # EventKind
+    EVENT_DEVICE_ERROR = 1     # leg, device, code: errno, a: kind of sub-operation, b: device offset
+    EVENT_DEVICE_LOST          # leg, device, code: errno, a: sub-operations whose fate is unknown
+    EVENT_DEADLINE_MISSED      # leg, device, a: age in ns
+    EVENT_LEG_DRAINED          # leg: every sub-operation ever sent to it has completed
+    EVENT_DRAINED              # nothing runs: all is finished, held, waiting or parked
+    EVENT_REPLAYED             # a: requests that were held or parked, b: the longest of them, ns
+    EVENT_COPIED               # leg: equal to the active one (code 0) or given up (code: errno); a: bytes
+    EVENT_DONE                 # a: token of the engine's own request, code: errno
+    EVENT_CONNECTION_CLOSED    # a: connection, code: errno (0: by the client)
+    EVENT_MAP_RETIRED          # generation: nothing uses this map any more
+    EVENT_LEG_CLOSED           # leg: nothing of it is left in the engine
+
+cdef struct Leg
+cdef struct Device
+cdef struct Map
+cdef struct Connection
+cdef struct Copier
+cdef struct Request
+cdef struct SubOp
+
+ctypedef void (*mail_t)(Core *core, void *arguments) noexcept nogil
+
+cdef struct RequestList:
+    Request *head
+    Request *tail
+    uint32_t count
+
+cdef inline void list_push(RequestList *list, Request *request) noexcept nogil:
+    request.next = NULL
+    request.previous = list.tail
+    if list.tail == NULL:
+        list.head = request
+    else:
+        list.tail.next = request
+    list.tail = request
+    list.count += 1
+
+cdef inline void list_remove(RequestList *list, Request *request) noexcept nogil:
+    if request.previous == NULL:
+        list.head = request.next
+    else:
+        request.previous.next = request.next
+    if request.next == NULL:
+        list.tail = request.previous
+    else:
+        request.next.previous = request.previous
+    list.count -= 1
+
+cdef inline Request *list_pop(RequestList *list) noexcept nogil:
+    cdef Request *request = list.head
+    if request != NULL:
+        list_remove(list, request)
+    return request
+
+cdef struct Request:
+    Request *previous          # on the one list its state names
+    Request *next
+    Request *claim_previous
+    Request *claim_next
+    Connection *connection     # NULL: our own
+    Copier *copier             # of a COPY
+    uint64_t token             # of one of our own
+    uint64_t cookie
+    uint64_t offset            # as asked for, in bytes of the disk
+    uint64_t length
+    uint64_t claim_offset      # rounded out to CLAIM_BLOCK
+    uint64_t claim_end
+    uint64_t admitted_ns
+    Map *map                   # the one map it runs under
+    DiskMap *disk_map
+    uint64_t span_offset       # rounded out (TRIM: in) to the map's blocks: what devices see
+    uint64_t span_end
+    char *buffer               # of the arena: the bytes from claim_offset on
+    char *edges                # within the buffer: two blocks, for a WRITE or ZERO that may need them
+    uint64_t cursors[LEGS_MAX]  # next byte to issue on each leg; flushing: next device
+    uint32_t disk
+    uint32_t outstanding       # sub-operations in flight
+    int32_t error              # errno of what failed
+    uint8_t kind
+    uint8_t state
+    uint8_t phase
+    uint8_t legs               # bit i: leg i of the map takes part in this phase
+    bint fua
+    bint keep_allocated        # ZERO must not punch a hole
+    bint failed                # a leg failed it
+    bint claimed
+    bint exclusive             # its claim is a writer's
+    bint blocks_others
+    bint starved               # waits for a sub-operation's slot
+    bint replayed              # was held or parked
+    bint scribbled             # an answer nobody waits for may yet be written into its buffers
+    char reply[16]
+
+cdef struct SubOp:
+    Op op
+    Core *core
+    Request *request           # NULL: its leg was fenced, nobody waits any more
+    Device *device
+    SubOp *older               # in flight on the device, by time of issue
+    SubOp *newer
+    SubOp *next                # free list, or the device's queue of commands to send
+    char *data
+    char *buffer               # of the arena, referenced
+    uint64_t device_offset
+    uint64_t length
+    uint64_t progress
+    uint64_t started_ns
+    uint32_t serial            # of this use of the slot
+    uint8_t kind
+    bint in_flight             # the slot is in use
+    bint queued                # NBD: waits for the next send
+    bint sending               # NBD: its bytes may still be being sent
+    bint answered              # NBD: while they were; see remote_sent()
+    char header[28]
+
+cdef struct Stream:
+    int32_t fd
+    char *rx                   # RX_BYTES, the streams's own
+    uint32_t rx_start
+    uint32_t rx_end
+    bint receiving
+    bint sending
+    char *fill                 # where the payload that comes next belongs
+    uint64_t fill_left
+    Op rx_op
+    msghdr rx_message
+    iovec rx_iov[2]
+    Op tx_op
+    msghdr tx_message
+    iovec tx_iov[SEND_IOVS]
+    uint32_t tx_first
+    uint32_t tx_count
+
+cdef struct Device:
+    Core *core
+    Leg *leg
+    uint32_t index
+    int32_t fd
+    uint8_t kind
+    bint in_memory
+    bint can_fua
+    bint can_flush
+    bint can_zero              # NBD: it takes WRITE_ZEROES
+    bint can_punch             # until the file system says it cannot
+    bint can_zero_range
+    bint lost                  # its stream is broken
+    bint reported              # an error of it was reported and is not settled yet
+    uint32_t block_size
+    uint64_t transfer_max
+    SubOp *oldest
+    SubOp *newest
+    uint32_t in_flight
+    int32_t error              # of the last failure, errno
+    # NBD
+    Stream *stream
+    SubOp *queue_head          # commands to send
+    SubOp *queue_tail
+    SubOp *batch               # being sent
+    SubOp *filling             # the read whose payload is being received
+    bint dirty                 # on the core's list of devices with commands to send
+    Device *next_dirty
+    # Statistics
+    uint64_t reads
+    uint64_t writes
+    uint64_t read_bytes
+    uint64_t written_bytes
+    uint64_t flushes
+    uint64_t errors
+    uint64_t late              # answers after the fence
+    uint64_t unproven          # sub-operations whose fate is unknown: the stream broke
+    uint64_t latency_max_ns
+
+cdef struct Leg:
+    Core *core
+    int64_t id
+    bint in_use
+    bint fenced
+    bint drain_reported
+    bint closing
+    bint closed
+    uint32_t device_count
+    uint32_t in_flight
+    uint32_t maps              # that name it and are not retired
+    Device *devices
+    CopyRange *copy_ranges
+
+cdef struct LegTable:
+    # The extent map of one disk on one leg; proxy.extentmap.ExtentMap's three arrays.
+    uint64_t count
+    const uint64_t *offsets    # count + 1, the last one is the size
+    const uint32_t *devices
+    const uint64_t *device_offsets
+
+cdef struct DiskMap:
+    uint32_t number
+    uint64_t size
+    LegTable tables[LEGS_MAX]
+
+cdef struct Map:
+    uint64_t generation
+    uint32_t references        # requests that run under it, and one for being installed
+    uint32_t leg_count
+    uint32_t active            # index into legs
+    uint32_t disk_count
+    uint32_t block_size        # the largest of all devices
+    bint can_fua
+    bint can_zero
+    Leg *legs[LEGS_MAX]
+    uint8_t roles[LEGS_MAX]
+    DiskMap *disks             # by number
+
+cdef struct Connection:
+    Core *core
+    uint32_t number
+    bint in_use
+    bint closing               # no further request is read
+    bint closed                # nothing of it is left; the control thread is being told
+    bint shut
+    bint obeys_block_size      # it was told the smallest block and asked for it
+    bint sated                 # not read until some of its own requests are answered
+    bint stalled               # not read until it is its turn for memory
+    bint dirty                 # on the list of connections with answers to send
+    uint32_t disk
+    uint32_t disk_hint
+    int32_t error
+    Stream stream
+    uint32_t in_flight
+    uint64_t in_flight_bytes
+    Request *filling           # a write whose payload is being received
+    uint64_t skip              # bytes of a refused write's payload still to come
+    uint64_t heard_ns          # when the client last sent something
+    uint64_t wanted_bytes      # what it is in line for
+    RequestList answers
+    RequestList batch          # answers being sent
+    Connection *next_dirty
+    Connection *next_stalled
+    Connection *next_closed
+
+cdef struct CopyRange:
+    uint32_t disk
+    uint64_t offset
+    uint64_t length
+
+cdef struct Copier:
+    bint in_use
+    Leg *leg
+    CopyRange *ranges          # the leg's, see leg_free()
+    uint32_t range_count
+    uint32_t range_index
+    uint64_t range_offset
+    uint32_t in_flight
+    uint64_t copied
+    uint64_t total
+    bint flushing
+    int32_t error              # why it gave up; 0 while it goes on
+
+cdef struct EventRecord:
+    uint32_t kind
+    int32_t code
+    int64_t leg
+    uint32_t device
+    uint64_t generation
+    uint64_t a
+    uint64_t b
+
+cdef struct Counters:
+    uint64_t reads
+    uint64_t writes
+    uint64_t flushes
+    uint64_t trims
+    uint64_t zeroes
+    uint64_t read_bytes
+    uint64_t written_bytes
+    uint64_t errors            # answered with one
+    uint64_t refused           # requests that broke the protocol's rules
+    uint64_t waited            # for an overlapping request
+    uint64_t parked
+    uint64_t replayed
+    uint64_t late              # answers of fenced legs, dropped
+
+cdef struct Core:
+    Ring *ring
+    Arena arena
+    char *zeroes               # ZERO_FILL_BYTES, read only
+    uint64_t now_ns
+    uint64_t tick_ns
+    uint64_t deadline_ns
+    uint8_t nbd_errors[256]    # proxy.errors.NBD_ERROR_BY_ERRNO
+    Map *map
+    bint held
+    bint drain_reported
+    bint stopping
+    uint32_t running
+    uint64_t busy_ns           # when something was last in flight
+    uint64_t stop_ns           # when it was told to stop
+    # Requests
+    RequestList free_requests
+    RequestList held_requests
+    RequestList waiting
+    RequestList parked
+    RequestList withheld       # done, but not to be answered while the domain holds
+    RequestList starved
+    bint wake                  # a claim others wait for is gone
+    Request *claims_head       # by arrival
+    Request *claims_tail
+    uint32_t wide_claims
+    uint16_t readers[4096]     # claims by hash of the 64 KiB they lie in; see claims.pxi
+    uint16_t writers[4096]
+    SubOp *free_subops
+    # What clients felt of the last hold
+    bint replay_report         # due once the last of them is answered
+    uint32_t replays_pending
+    uint64_t replays
+    uint64_t replay_longest_ns
+    # Streams with something to send, clients in line for memory, and those just gone
+    Connection *dirty_connections
+    Device *dirty_devices
+    Connection *stalled_head
+    Connection *stalled_tail
+    bint resuming              # the one that was first in line is at it
+    Connection *closed_connections
+    Leg legs[LEG_SLOTS]
+    Copier copiers[LEGS_MAX]
+    Connection *connections[CONNECTIONS_MAX]
+    uint32_t connection_count
+    Counters counters
+    Request *requests
+    SubOp *subops
+    # Shared with the control thread, under the mutex
+    pthread_mutex_t mutex
+    pthread_cond_t mail_taken
+    void *mail                 # mail_t; set by the control thread, cleared by the data thread
+    void *mail_arguments
+    int wake_fd
+    int event_fd
+    EventRecord events[EVENTS_MAX]
+    uint32_t event_first
+    uint32_t event_count
+    bint running_loop          # the data thread is in run_loop()
+    int32_t start_error        # errno, when there is no ring to be had
+    bint stepped               # there is no data thread: the simulator steps

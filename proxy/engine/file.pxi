@@ -1,0 +1,61 @@
+# Devices that are descriptors with offsets: regular files, block devices, files in memory.
+
+cdef void file_submit(Core *core, SubOp *sub) noexcept nogil:
+    """Submit what is left of a sub-operation."""
+    cdef Device *device = sub.device
+    cdef Op *op = &sub.op
+    op.fd = device.fd
+    op.in_memory = device.in_memory
+    op.offset = sub.device_offset + sub.progress
+    op.length = sub.length - sub.progress
+    op.flags = 0
+    if sub.kind == SUB_FLUSH:
+        op.kind = OP_SYNC
+    elif sub.kind == SUB_READ:
+        op.kind = OP_READ
+        op.data = sub.data + sub.progress
+    elif sub.kind == SUB_WRITE:
+        op.kind = OP_WRITE
+        op.data = sub.data + sub.progress
+        if sub.request.fua and sub.request.map.can_fua:
+            op.flags = RWF_DSYNC
+    else:
+        if sub.kind == SUB_ZERO and not (
+                device.can_zero_range if sub.request.keep_allocated else device.can_punch):
+            sub.kind = SUB_ZERO_FILL
+        if sub.kind == SUB_ZERO:
+            op.kind = OP_ALLOCATE
+            op.flags = (FALLOC_FL_ZERO_RANGE if sub.request.keep_allocated
+                        else FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)
+        else:
+            op.kind = OP_WRITE
+            op.data = core.zeroes
+            if op.length > ZERO_FILL_BYTES:
+                op.length = ZERO_FILL_BYTES
+    core.ring.submit(core.ring, op)
+
+cdef void file_done(Core *core, Op *op) noexcept nogil:
+    cdef SubOp *sub = <SubOp *>op.owner
+    cdef Device *device = sub.device
+    cdef int64_t result = op.result
+    if result > 0 or (result == 0 and (op.kind == OP_SYNC or op.kind == OP_ALLOCATE)):
+        if op.kind == OP_SYNC or op.kind == OP_ALLOCATE:
+            sub.progress = sub.length
+        else:
+            sub.progress += <uint64_t>result
+        result = 0
+    elif result == 0:
+        result = -EIO  # the device ends before the extent does: it has shrunk
+    # A fenced leg gets nothing more, not even the rest of a short write.
+    if sub.request != NULL and not device.leg.fenced:
+        if result == -EINTR or result == -EAGAIN or (result == 0 and sub.progress < sub.length):
+            file_submit(core, sub)
+            return
+        if sub.kind == SUB_ZERO and result == -EOPNOTSUPP:
+            if sub.request.keep_allocated:
+                device.can_zero_range = False
+            else:
+                device.can_punch = False
+            file_submit(core, sub)
+            return
+    subop_end(core, sub, <int32_t>-result)

@@ -1,0 +1,642 @@
+# The life of a request: admitted, claimed, translated, issued to every leg that must have it, answered;
+# or parked when a leg fails it, and done again, whole, under the next map.
+#
+#   admit ── held? ──> HELD ──release──┐
+#     └─> begin ── conflict? ──> WAITING ──settle──┐
+#             └─> start ──> RUNNING ──> finish     │
+#                   ^          └─ a leg failed ──> PARKED ──install/release──> start
+
+# --- Pools ---------------------------------------------------------------------------------------
+
+cdef Request *request_take(Core *core, bint ours) noexcept nogil:
+    """A blank request, or NULL: none is free for this kind of user."""
+    cdef Request *request
+    if core.free_requests.count <= (0 if ours else REQUESTS_RESERVED):
+        return NULL
+    request = list_pop(&core.free_requests)
+    memset(request, 0, sizeof(Request))
+    return request
+
+cdef void request_free(Core *core, Request *request) noexcept nogil:
+    if request.buffer != NULL:
+        arena_release(&core.arena, request.buffer)
+        request.buffer = NULL
+    request.state = IDLE
+    list_push(&core.free_requests, request)
+
+cdef void map_release(Core *core, Map *map) noexcept nogil:
+    cdef uint32_t i
+    map.references -= 1
+    if map.references == 0:
+        for i in range(map.leg_count):
+            map.legs[i].maps -= 1
+            leg_check_closed(core, map.legs[i])
+        event_put(core, EVENT_MAP_RETIRED, 0, 0, 0, map.generation, 0, 0)
+
+# --- Admission -----------------------------------------------------------------------------------
+
+cdef void admit(Core *core, Request *request) noexcept nogil:
+    """Take in a request whose kind, disk, offset, length, flags and buffers are set."""
+    request.admitted_ns = core.now_ns
+    request.claim_offset = request.offset & ~<uint64_t>(CLAIM_BLOCK - 1)
+    request.claim_end = (request.offset + request.length + CLAIM_BLOCK - 1) & ~<uint64_t>(CLAIM_BLOCK - 1)
+    request.exclusive = request.kind == WRITE or request.kind == ZERO or request.kind == TRIM
+    if core.held:
+        request.state = HELD
+        mark_replayed(core, request)
+        list_push(&core.held_requests, request)
+        return
+    begin(core, request)
+
+cdef void begin(Core *core, Request *request) noexcept nogil:
+    """Claim, and start unless an earlier request is in the way."""
+    # A flush covers what has been answered, never what is still in flight: it claims nothing.
+    if request.length and request.kind != FLUSH and not claim(core, request):
+        core.counters.waited += 1
+        request.state = WAITING
+        list_push(&core.waiting, request)
+        return
+    start(core, request)
+
+cdef void start(Core *core, Request *request) noexcept nogil:
+    """Run a request, from its beginning, under the installed map."""
+    cdef Map *map = core.map
+    cdef uint64_t mask
+    cdef uint64_t end = request.offset + request.length
+    cdef uint32_t hint = 0
+    request.state = RUNNING
+    core.running += 1
+    request.failed = False
+    request.error = 0
+    request.map = map
+    map.references += 1
+    if request.kind == FLUSH:
+        enter(core, request, FLUSHING)
+        advance(core, request)
+        return
+    request.disk_map = map_disk(
+        map, request.disk, &hint if request.connection == NULL else &request.connection.disk_hint)
+    if request.disk_map == NULL:
+        finish(core, request, ESHUTDOWN)  # the disk was removed under its client
+        return
+    if end > request.disk_map.size and request.kind != COPY:
+        finish(core, request, EINVAL if request.kind == READ or request.kind == TRIM else ENOSPC)
+        return
+    mask = map.block_size - 1
+    request.span_offset = request.offset & ~mask
+    request.span_end = (end + mask) & ~mask
+    if request.length == 0:
+        finish(core, request, 0)
+        return
+    if request.kind == TRIM:
+        request.span_offset = (request.offset + mask) & ~mask
+        request.span_end = end & ~mask
+        # Legs must stay equal, so a trim either zeroes on all of them or does nothing on any.
+        if not map.can_zero or request.span_offset >= request.span_end:
+            finish(core, request, 0)
+            return
+        enter(core, request, ZEROING)
+    elif request.kind == READ or request.kind == COPY:
+        enter(core, request, READING)
+    elif request.offset != request.span_offset or end != request.span_end:
+        enter(core, request, READING_EDGES)
+    else:
+        enter(core, request, ZEROING if request.kind == ZERO else WRITING)
+    advance(core, request)
+
+# --- Phases --------------------------------------------------------------------------------------
+
+cdef void enter(Core *core, Request *request, uint8_t phase) noexcept nogil:
+    cdef Map *map = request.map
+    cdef uint32_t i
+    request.phase = phase
+    request.legs = 0
+    for i in range(map.leg_count):
+        request.cursors[i] = 0 if phase == FLUSHING else request.span_offset
+        if phase == READING or phase == READING_EDGES:
+            if i == map.active:
+                request.legs = 1 << i
+        elif request.kind != COPY or map.legs[i] == request.copier.leg:
+            request.legs |= 1 << i
+    if phase == READING_EDGES or phase == WRITING_EDGES:
+        for i in range(map.leg_count):
+            request.cursors[i] = 0
+    elif phase == ZEROING and request.kind == ZERO:
+        # Whole blocks only; the edges have been written.
+        for i in range(map.leg_count):
+            request.cursors[i] = zero_begin(request)
+
+cdef inline uint64_t zero_begin(Request *request) noexcept nogil:
+    cdef uint64_t mask = request.map.block_size - 1
+    return (request.offset + mask) & ~mask
+
+cdef inline uint64_t zero_end(Request *request) noexcept nogil:
+    if request.kind == TRIM or request.kind == COPY:
+        return request.span_end
+    return (request.offset + request.length) & ~<uint64_t>(request.map.block_size - 1)
+
+cdef bint next_phase(Core *core, Request *request) noexcept nogil:
+    """Go on to what follows a phase that is done; False when nothing does."""
+    cdef Map *map = request.map
+    if request.phase == READING:
+        if request.kind == READ:
+            return False
+        if sf_all_zero(request.buffer, request.length) and map.can_zero:
+            enter(core, request, ZEROING)  # what is sparse stays sparse
+        else:
+            enter(core, request, WRITING)
+        return True
+    if request.phase == READING_EDGES:
+        merge_edges(request)
+        enter(core, request, WRITING_EDGES if request.kind == ZERO else WRITING)
+        return True
+    if request.phase == WRITING_EDGES:
+        enter(core, request, ZEROING)
+        return True
+    if request.fua and request.phase != FLUSHING and not (request.phase == WRITING and map.can_fua):
+        enter(core, request, FLUSHING)
+        return True
+    return False
+
+cdef inline uint64_t edge_offset(Request *request, uint32_t edge) noexcept nogil:
+    """Where edge 0 (the first block) or 1 (the last) lies on the disk."""
+    return request.span_offset if edge == 0 else request.span_end - request.map.block_size
+
+cdef inline bint edge_shared(Request *request, uint32_t edge) noexcept nogil:
+    """Whether this block is shared with a neighbour, and not already counted as edge 0."""
+    if edge == 0:
+        return (request.offset != request.span_offset
+                or (request.span_end - request.span_offset == request.map.block_size
+                    and request.offset + request.length != request.span_end))
+    return (request.offset + request.length != request.span_end
+            and request.span_end - request.span_offset > request.map.block_size)
+
+cdef void merge_edges(Request *request) noexcept nogil:
+    """Put the neighbours' bytes around a WRITE's data, or zeroes into a ZERO's first and last block."""
+    cdef uint64_t end = request.offset + request.length
+    cdef uint64_t block_begin, block_end, first, last
+    cdef uint32_t edge
+    cdef char *block
+    for edge in range(2):
+        if not edge_shared(request, edge):
+            continue
+        block = request.edges + edge * CLAIM_BLOCK
+        block_begin = edge_offset(request, edge)
+        block_end = block_begin + request.map.block_size
+        first = request.offset if request.offset > block_begin else block_begin
+        last = end if end < block_end else block_end
+        if request.kind == ZERO:
+            memset(block + (first - block_begin), 0, last - first)
+            continue
+        memcpy(request.buffer + (block_begin - request.claim_offset), block, first - block_begin)
+        memcpy(request.buffer + (last - request.claim_offset), block + (last - block_begin), block_end - last)
+
+cdef void advance(Core *core, Request *request) noexcept nogil:
+    """Issue what its phase has left; when all is done go on, park or finish."""
+    while True:
+        if not request.failed:
+            if request.phase == FLUSHING:
+                issue_flushes(core, request)
+            elif request.phase == READING_EDGES or request.phase == WRITING_EDGES:
+                issue_edges(core, request)
+            else:
+                issue_span(core, request)
+        if request.failed and request.starved:
+            request.starved = False
+            list_remove(&core.starved, request)
+        if request.outstanding or request.starved:
+            return
+        if request.failed:
+            park(core, request)
+            return
+        if not next_phase(core, request):
+            finish(core, request, 0)
+            return
+
+# --- Issuing -------------------------------------------------------------------------------------
+
+cdef bint issue_more(Core *core, Request *request) noexcept nogil:
+    """Whether one more sub-operation may be issued now. If only the pool is empty, it is remembered."""
+    if request.failed or request.outstanding >= SUBOPS_PER_REQUEST:
+        return False
+    if core.free_subops != NULL:
+        return True
+    if not request.starved:
+        request.starved = True
+        list_push(&core.starved, request)
+    return False
+
+cdef void issue_span(Core *core, Request *request) noexcept nogil:
+    cdef uint64_t end = zero_end(request) if request.phase == ZEROING else request.span_end
+    cdef uint8_t kind = SUB_READ
+    cdef uint64_t length
+    cdef uint32_t i
+    if request.phase == WRITING:
+        kind = SUB_WRITE
+    elif request.phase == ZEROING:
+        kind = SUB_ZERO
+    for i in range(request.map.leg_count):
+        if not request.legs & (1 << i):
+            continue
+        while request.cursors[i] < end and issue_more(core, request):
+            length = issue(core, request, i, kind, request.cursors[i], end - request.cursors[i],
+                           NULL if kind == SUB_ZERO else request.buffer,
+                           request.cursors[i] - request.claim_offset)
+            request.cursors[i] += length
+
+cdef void issue_edges(Core *core, Request *request) noexcept nogil:
+    cdef uint8_t kind = SUB_READ if request.phase == READING_EDGES else SUB_WRITE
+    cdef uint32_t i, edge
+    for i in range(request.map.leg_count):
+        if not request.legs & (1 << i):
+            continue
+        while request.cursors[i] < 2 and issue_more(core, request):
+            edge = <uint32_t>request.cursors[i]
+            request.cursors[i] += 1
+            if edge_shared(request, edge):
+                issue(core, request, i, kind, edge_offset(request, edge), request.map.block_size,
+                      request.buffer, <uint64_t>(request.edges - request.buffer) + edge * CLAIM_BLOCK)
+
+cdef void issue_flushes(Core *core, Request *request) noexcept nogil:
+    cdef Leg *leg
+    cdef Device *device
+    cdef uint32_t i
+    for i in range(request.map.leg_count):
+        leg = request.map.legs[i]
+        while request.cursors[i] < leg.device_count and issue_more(core, request):
+            device = &leg.devices[request.cursors[i]]
+            request.cursors[i] += 1
+            if device.can_flush and device_usable(core, request, device):
+                subop_start(core, request, device, SUB_FLUSH, 0, 0, NULL, 0)
+
+cdef bint device_usable(Core *core, Request *request, Device *device) noexcept nogil:
+    """The gate: nothing is ever issued to a fenced leg or a lost device."""
+    if device.leg.fenced or device.lost:
+        request.failed = True
+        request.error = device.error if device.error else EIO
+        return False
+    return True
+
+cdef uint64_t issue(Core *core, Request *request, uint32_t leg_index, uint8_t kind, uint64_t offset,
+                    uint64_t length, char *buffer, uint64_t buffer_offset) noexcept nogil:
+    """Issue the part of [offset, offset + length) that one sub-operation can do; its length."""
+    cdef LegTable *table = &request.disk_map.tables[leg_index]
+    cdef uint64_t index = extent_find(table, offset)
+    cdef Device *device = &request.map.legs[leg_index].devices[table.devices[index]]
+    cdef uint64_t limit = table.offsets[index + 1] - offset
+    if not device_usable(core, request, device):
+        return length
+    if kind == SUB_ZERO:
+        if limit > ALLOCATE_MAX:
+            limit = ALLOCATE_MAX
+    elif limit > device.transfer_max:
+        limit = device.transfer_max
+    if length > limit:
+        length = limit
+    subop_start(core, request, device, kind, table.device_offsets[index] + (offset - table.offsets[index]),
+                length, buffer, buffer_offset)
+    return length
+
+# --- Sub-operations ------------------------------------------------------------------------------
+
+cdef void subop_start(Core *core, Request *request, Device *device, uint8_t kind, uint64_t device_offset,
+                      uint64_t length, char *buffer, uint64_t buffer_offset) noexcept nogil:
+    cdef SubOp *sub = core.free_subops
+    core.free_subops = sub.next
+    sub.next = NULL
+    sub.serial += 1
+    sub.request = request
+    sub.device = device
+    sub.kind = kind
+    sub.device_offset = device_offset
+    sub.length = length
+    sub.progress = 0
+    sub.buffer = buffer
+    sub.data = NULL
+    sub.in_flight = True
+    sub.queued = False
+    sub.sending = False
+    sub.answered = False
+    if buffer != NULL:
+        arena_share(&core.arena, buffer)
+        sub.data = buffer + buffer_offset
+    sub.started_ns = core.now_ns
+    sub.newer = NULL
+    sub.older = device.newest
+    if device.newest == NULL:
+        device.oldest = sub
+    else:
+        device.newest.newer = sub
+    device.newest = sub
+    device.in_flight += 1
+    device.leg.in_flight += 1
+    request.outstanding += 1
+    if device.kind == DEVICE_NBD:
+        remote_queue(core, sub)
+    else:
+        file_submit(core, sub)
+
+cdef void subop_end(Core *core, SubOp *sub, int32_t error) noexcept nogil:
+    """A sub-operation is over: the device has answered, or its stream is known to be dead."""
+    cdef Request *request = sub.request
+    cdef Device *device = sub.device
+    cdef uint64_t latency = core.now_ns - sub.started_ns
+    if sub.older == NULL:
+        device.oldest = sub.newer
+    else:
+        sub.older.newer = sub.newer
+    if sub.newer == NULL:
+        device.newest = sub.older
+    else:
+        sub.newer.older = sub.older
+    device.in_flight -= 1
+    device.leg.in_flight -= 1
+    if latency > device.latency_max_ns:
+        device.latency_max_ns = latency
+    if sub.kind == SUB_READ:
+        device.reads += 1
+        device.read_bytes += sub.length
+    elif sub.kind == SUB_FLUSH:
+        device.flushes += 1
+    else:
+        device.writes += 1
+        device.written_bytes += sub.length
+    if sub.buffer != NULL:
+        arena_release(&core.arena, sub.buffer)
+    sub.request = NULL
+    sub.in_flight = False
+    sub.next = core.free_subops
+    core.free_subops = sub
+    if request == NULL:
+        device.late += 1
+        core.counters.late += 1
+        leg_check_drained(core, device.leg)
+        leg_check_closed(core, device.leg)
+        return
+    request.outstanding -= 1
+    if error:
+        request.failed = True
+        request.error = error
+        if not device.leg.fenced:
+            device.errors += 1
+            device.error = error
+        if not device.reported and not device.leg.fenced:
+            device.reported = True
+            event_put(core, EVENT_DEVICE_ERROR, device.leg.id, device.index, error, request.map.generation,
+                      sub.kind, sub.device_offset)
+    advance(core, request)
+
+# --- The end -------------------------------------------------------------------------------------
+
+cdef void leave(Core *core, Request *request) noexcept nogil:
+    """It runs no more: let go of its map."""
+    core.running -= 1
+    map_release(core, request.map)
+    request.map = NULL
+
+cdef void park(Core *core, Request *request) noexcept nogil:
+    """Keep a request that a leg failed until the next map. Its claim stays."""
+    leave(core, request)
+    request.state = PARKED
+    mark_replayed(core, request)
+    core.counters.parked += 1
+    list_push(&core.parked, request)
+
+cdef void finish(Core *core, Request *request, int32_t error) noexcept nogil:
+    if request.state == RUNNING:
+        leave(core, request)
+    request.state = FINISHED
+    request.error = error
+    unclaim(core, request)
+    if core.held and request.kind != READ and request.connection != NULL:
+        # Once a failover is decided nothing is acknowledged before its record is durable.
+        mark_replayed(core, request)
+        list_push(&core.withheld, request)
+        return
+    answer(core, request)
+
+cdef void answer(Core *core, Request *request) noexcept nogil:
+    cdef uint64_t waited_ns
+    if request.replayed:
+        core.replays_pending -= 1
+        core.replays += 1
+        core.counters.replayed += 1
+        waited_ns = core.now_ns - request.admitted_ns
+        if waited_ns > core.replay_longest_ns:
+            core.replay_longest_ns = waited_ns
+    if request.connection != NULL:
+        connection_answer(core, request)
+    elif request.copier != NULL:
+        copier_done(core, request)
+    else:
+        event_put(core, EVENT_DONE, 0, 0, request.error, 0, request.token, 0)
+        request_free(core, request)
+
+cdef inline void mark_replayed(Core *core, Request *request) noexcept nogil:
+    """A client will have felt the hold or the failure through this request."""
+    if request.connection != NULL and not request.replayed:
+        request.replayed = True
+        core.replays_pending += 1
+
+# --- Hold, release, install, fence ---------------------------------------------------------------
+
+cdef bint refresh_buffer(Core *core, Request *request) noexcept nogil:
+    """Give a request whose buffer a late answer may still write into a fresh one; False: no memory."""
+    cdef char *fresh
+    cdef uint64_t size
+    if not request.scribbled or not arena_shared(&core.arena, request.buffer):
+        return True
+    size = arena_size(&core.arena, request.buffer)
+    fresh = arena_take(&core.arena, size)
+    if fresh == NULL:
+        return False
+    if request.kind == WRITE:
+        memcpy(fresh, request.buffer, size)  # only its edges can be written into
+    if request.edges != NULL:
+        request.edges = fresh + (request.edges - request.buffer)
+    arena_release(&core.arena, request.buffer)
+    request.buffer = fresh
+    request.scribbled = False
+    return True
+
+cdef void restart_parked(Core *core) noexcept nogil:
+    """Do the parked requests again, whole, under the installed map."""
+    cdef uint32_t count = core.parked.count
+    cdef Request *request
+    while count:
+        count -= 1
+        request = list_pop(&core.parked)
+        if request.copier != NULL and request.copier.error:
+            finish(core, request, ECANCELED)
+        elif refresh_buffer(core, request):
+            start(core, request)
+        else:
+            finish(core, request, ENOMEM)
+
+cdef void settle(Core *core) noexcept nogil:
+    """Between two batches: start those that nothing is in the way of any more."""
+    cdef Request *request
+    cdef Request *after
+    cdef uint32_t count
+    while core.wake and not core.held:
+        core.wake = False
+        request = core.waiting.head
+        while request != NULL:
+            after = request.next
+            if claim_clear(core, request):
+                list_remove(&core.waiting, request)
+                start(core, request)
+            request = after
+    count = core.starved.count
+    while count and core.free_subops != NULL:
+        count -= 1
+        request = list_pop(&core.starved)
+        request.starved = False
+        advance(core, request)
+    if core.held and core.running == 0 and not core.drain_reported:
+        core.drain_reported = True
+        event_put(core, EVENT_DRAINED, 0, 0, 0, core.map.generation if core.map != NULL else 0, 0, 0)
+    if core.replay_report and core.replays_pending == 0:
+        core.replay_report = False
+        event_put(core, EVENT_REPLAYED, 0, 0, 0, core.map.generation, core.replays, core.replay_longest_ns)
+        core.replays = 0
+        core.replay_longest_ns = 0
+
+cdef void hold(Core *core) noexcept nogil:
+    core.held = True
+    core.drain_reported = False
+    core.replay_report = False
+
+cdef void release(Core *core) noexcept nogil:
+    """End the hold: answer what was withheld, redo what was parked, let in what was held, in this order."""
+    cdef uint32_t count = core.held_requests.count
+    core.held = False
+    core.wake = True
+    core.replay_report = True
+    while core.withheld.count:
+        answer(core, list_pop(&core.withheld))
+    restart_parked(core)
+    while count:
+        count -= 1
+        begin(core, list_pop(&core.held_requests))
+
+cdef void install(Core *core, Map *map) noexcept nogil:
+    """The atomic switch: one pointer, between two batches. What failed under the old map is done again."""
+    cdef Map *before = core.map
+    cdef Device *device
+    cdef uint32_t i, j
+    core.map = map
+    map.references += 1
+    for i in range(map.leg_count):
+        map.legs[i].maps += 1
+    if before != NULL:
+        map_release(core, before)
+    for i in range(map.leg_count):
+        for j in range(map.legs[i].device_count):
+            device = &map.legs[i].devices[j]
+            if not device.lost:
+                device.reported = False
+    copiers_check(core)
+    if not core.held:
+        restart_parked(core)
+
+cdef void fail_parked(Core *core) noexcept nogil:
+    """Answer every parked request with the error it met: no leg can do better."""
+    cdef uint32_t count = core.parked.count
+    cdef uint32_t i, j
+    cdef Request *request
+    while count:
+        count -= 1
+        request = list_pop(&core.parked)
+        finish(core, request, request.error)
+    for i in range(core.map.leg_count):
+        for j in range(core.map.legs[i].device_count):
+            if not core.map.legs[i].devices[j].lost:
+                core.map.legs[i].devices[j].reported = False
+
+cdef void leg_check_drained(Core *core, Leg *leg) noexcept nogil:
+    cdef uint64_t unproven = 0
+    cdef uint32_t i
+    if leg.fenced and leg.in_flight == 0 and not leg.drain_reported:
+        leg.drain_reported = True
+        for i in range(leg.device_count):
+            unproven += leg.devices[i].unproven
+        event_put(core, EVENT_LEG_DRAINED, leg.id, 0, 0, 0, unproven, 0)
+
+cdef void leg_check_closed(Core *core, Leg *leg) noexcept nogil:
+    """Tell the control thread when nothing in the engine knows a closing leg any more."""
+    cdef Stream *stream
+    cdef uint32_t i
+    if not leg.closing or leg.closed or leg.maps or leg.in_flight:
+        return
+    for i in range(leg.device_count):
+        stream = leg.devices[i].stream
+        if stream != NULL and (stream.receiving or stream.sending):
+            return
+    leg.closed = True
+    event_put(core, EVENT_LEG_CLOSED, leg.id, 0, 0, 0, 0, 0)
+
+cdef void leg_close(Core *core, Leg *leg) noexcept nogil:
+    """Fence a leg and let go of its devices as soon as nothing is in flight on them."""
+    cdef uint32_t i
+    fence(core, leg)
+    leg.closing = True
+    for i in range(leg.device_count):
+        if leg.devices[i].kind == DEVICE_NBD:
+            remote_lost(core, &leg.devices[i], ESHUTDOWN)
+    leg_check_closed(core, leg)
+
+cdef void fence(Core *core, Leg *leg) noexcept nogil:
+    """Close the gate to a leg for good. What is in flight on it is waited for by nobody any more."""
+    cdef Device *device
+    cdef SubOp *sub
+    cdef Request *request
+    cdef uint32_t i
+    if leg.fenced:
+        return
+    leg.fenced = True
+    for i in range(leg.device_count):
+        device = &leg.devices[i]
+        if device.kind == DEVICE_NBD:
+            remote_fence(core, device)
+        sub = device.oldest
+        while sub != NULL:
+            request = sub.request
+            if request != NULL:
+                sub.request = NULL
+                request.outstanding -= 1
+                request.failed = True
+                request.error = device.error if device.error else EIO
+                if sub.kind == SUB_READ:
+                    request.scribbled = True
+                advance(core, request)
+            sub = sub.newer
+    leg_check_drained(core, leg)
+
+cdef void check_deadlines(Core *core) noexcept nogil:
+    """A device that neither answers nor fails is evidence: report it once, until it answers."""
+    cdef Leg *leg
+    cdef Device *device
+    cdef SubOp *sub
+    cdef uint64_t age, patience
+    cdef uint32_t i, j
+    for i in range(LEG_SLOTS):
+        leg = &core.legs[i]
+        if not leg.in_use or leg.fenced:
+            continue
+        for j in range(leg.device_count):
+            device = &leg.devices[j]
+            sub = device.oldest
+            while sub != NULL and not device.reported:
+                age = core.now_ns - sub.started_ns
+                if age <= core.deadline_ns:
+                    break  # all after it are younger
+                patience = core.deadline_ns
+                if sub.kind == SUB_FLUSH:
+                    patience *= FLUSH_PATIENCE
+                if age > patience:
+                    device.reported = True
+                    device.error = ETIMEDOUT
+                    event_put(core, EVENT_DEADLINE_MISSED, leg.id, device.index, ETIMEDOUT,
+                              core.map.generation if core.map != NULL else 0, age, 0)
+                sub = sub.newer

@@ -1,0 +1,135 @@
+"""What crosses the boundary between the engine and Python, as Python sees it."""
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import NamedTuple
+
+
+class DeviceKind(IntEnum):
+    """How the engine drives a device's descriptor."""
+
+    FILE = 0
+    NBD = 1
+
+
+class LegRole(IntEnum):
+    """What a leg is for under one map."""
+
+    ACTIVE = 0
+    BACKUP = 1
+    SYNCING = 2
+
+
+class RequestKind(IntEnum):
+    """Requests that the control thread may have carried out for itself. Values: NBD commands."""
+
+    FLUSH = 3
+    ZERO = 6
+
+
+class EventKind(IntEnum):
+    """What the engine tells the control thread; the fields each kind uses are listed with it."""
+
+    DEVICE_ERROR = 1  # leg, device, code: errno, generation, a: kind of operation, b: device offset
+    DEVICE_LOST = 2  # leg, device, code: errno, generation, a: operations of unknown fate
+    DEADLINE_MISSED = 3  # leg, device, code: errno, generation, a: age in ns
+    LEG_DRAINED = 4  # leg, a: operations of unknown fate (0: every one ever sent has completed)
+    DRAINED = 5  # generation; while held: nothing runs any more
+    REPLAYED = 6  # generation, a: requests that were held or parked, b: the longest of them, ns
+    COPIED = 7  # leg, code: 0 when it equals the active one now, generation, a: bytes copied
+    DONE = 8  # a: token, code: errno
+    CONNECTION_CLOSED = 9  # a: connection, code: errno, 0 when the client left
+    MAP_RETIRED = 10  # generation
+    LEG_CLOSED = 11  # leg
+
+
+class Event(NamedTuple):
+    """One event. ``leg`` is the id given to add_leg(); unused fields are 0."""
+
+    kind: EventKind
+    leg: int
+    device: int
+    code: int
+    generation: int
+    a: int
+    b: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSpec:
+    """A connected device, handed to the engine with its descriptor.
+
+    The descriptor belongs to the engine from then on; a socket must be in blocking mode (the ring
+    would otherwise answer EAGAIN instead of waiting). Sizes are in bytes.
+    """
+
+    fd: int
+    kind: DeviceKind
+    block_size: int
+    transfer_max: int
+    in_memory: bool
+    can_flush: bool
+    can_fua: bool
+    can_zero: bool
+
+
+class DeviceStatistics(NamedTuple):
+    """Counters of one device since it was added."""
+
+    reads: int
+    writes: int
+    flushes: int
+    read_bytes: int
+    written_bytes: int
+    errors: int
+    in_flight: int
+    late: int
+    unproven: int
+    latency_max_ns: int
+    error_number: int
+    lost: bool
+
+
+class Statistics(NamedTuple):
+    """Counters of the engine since it began."""
+
+    reads: int
+    writes: int
+    flushes: int
+    trims: int
+    zeroes: int
+    read_bytes: int
+    written_bytes: int
+    errors: int
+    refused: int
+    waited: int
+    parked: int
+    replayed: int
+    late: int
+    connections: int
+    running: int
+    held: bool
+    generation: int
+    memory_bytes: int
+
+
+class PendingOp(NamedTuple):
+    """An operation the simulator has been given and not yet completed."""
+
+    number: int
+    kind: "OpKind"
+    fd: int
+    offset: int
+    length: int
+    flags: int
+
+
+class OpKind(IntEnum):
+    """Kinds of operations of the submission layer."""
+
+    READ = 1
+    WRITE = 2
+    SYNC = 3
+    ALLOCATE = 4
+    RECEIVE = 5
+    SEND = 6
