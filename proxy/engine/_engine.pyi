@@ -2,7 +2,15 @@ from array import array
 from collections.abc import Sequence
 from typing import Protocol
 
-from proxy.engine.types import DeviceSpec, DeviceStatistics, Event, LegRole, PendingOp, RequestKind, Statistics
+from proxy.engine.types import (
+    DeviceSpec,
+    DeviceStatistics,
+    Event,
+    LegRole,
+    PendingOp,
+    RequestKind,
+    Statistics,
+)
 
 class PackedMap(Protocol):
     @property
@@ -30,7 +38,7 @@ class Engine:
         legs: Sequence[tuple[int, LegRole]],
         disks: Sequence[tuple[int, int, Sequence[PackedMap]]],
     ) -> None: ...
-    def hold(self) -> None: ...
+    def hold(self) -> int: ...
     def release(self) -> None: ...
     def fail_parked(self) -> None: ...
     def submit(self, kind: RequestKind, disk: int = 0, offset: int = 0, length: int = 0) -> int: ...

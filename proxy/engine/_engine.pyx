@@ -501,8 +501,12 @@ cdef class Engine:
             raise
 
     def hold(self):
-        """Admit no request to the devices; DRAINED tells when those under way are done or parked."""
+        """Admit no request to the devices; the number of this hold.
+
+        DRAINED with that number tells when those under way are done or parked.
+        """
         self._mail(mail_hold, NULL)
+        return self.core.holds
 
     def release(self):
         """Do again what was parked, let in what was held; REPLAYED tells what clients felt of it."""

@@ -76,7 +76,7 @@ cdef enum:  # EventKind
     EVENT_DEVICE_LOST          # leg, device, code: errno, a: sub-operations whose fate is unknown
     EVENT_DEADLINE_MISSED      # leg, device, a: age in ns
     EVENT_LEG_DRAINED          # leg: every sub-operation ever sent to it has completed
-    EVENT_DRAINED              # nothing runs: all is finished, held, waiting or parked
+    EVENT_DRAINED              # nothing runs: all is finished, held, waiting or parked; a: number of the hold
     EVENT_REPLAYED             # a: requests that were held or parked, b: the longest of them, ns
     EVENT_COPIED               # leg: equal to the active one (code 0) or given up (code: errno); a: bytes
     EVENT_DONE                 # a: token of the engine's own request, code: errno
@@ -362,6 +362,7 @@ cdef struct Core:
     uint8_t nbd_errors[256]    # proxy.errors.NBD_ERROR_BY_ERRNO
     Map *map
     bint held
+    uint64_t holds             # how often it was told to hold: DRAINED says of which
     bint drain_reported
     bint stopping
     uint32_t running

@@ -20,14 +20,14 @@ cdef void file_submit(Core *core, SubOp *sub) noexcept nogil:
         if sub.request.fua and sub.request.map.can_fua:
             op.flags = RWF_DSYNC
     else:
-        if sub.kind == SUB_ZERO and not (
-                device.can_zero_range if sub.request.keep_allocated else device.can_punch):
-            sub.kind = SUB_ZERO_FILL
-        if sub.kind == SUB_ZERO:
-            op.kind = OP_ALLOCATE
-            op.flags = (FALLOC_FL_ZERO_RANGE if sub.request.keep_allocated
-                        else FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)
+        # tmpfs cannot zero a range, many disks cannot discard one; some can do neither.
+        op.kind = OP_ALLOCATE
+        if sub.kind == SUB_ZERO and device.can_punch and not sub.request.keep_allocated:
+            op.flags = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+        elif sub.kind == SUB_ZERO and device.can_zero_range:
+            op.flags = FALLOC_FL_ZERO_RANGE
         else:
+            sub.kind = SUB_ZERO_FILL
             op.kind = OP_WRITE
             op.data = core.zeroes
             if op.length > ZERO_FILL_BYTES:
@@ -52,7 +52,7 @@ cdef void file_done(Core *core, Op *op) noexcept nogil:
             file_submit(core, sub)
             return
         if sub.kind == SUB_ZERO and result == -EOPNOTSUPP:
-            if sub.request.keep_allocated:
+            if op.flags == FALLOC_FL_ZERO_RANGE:
                 device.can_zero_range = False
             else:
                 device.can_punch = False

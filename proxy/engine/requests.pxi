@@ -495,7 +495,7 @@ cdef void settle(Core *core) noexcept nogil:
         advance(core, request)
     if core.held and core.running == 0 and not core.drain_reported:
         core.drain_reported = True
-        event_put(core, EVENT_DRAINED, 0, 0, 0, core.map.generation if core.map != NULL else 0, 0, 0)
+        event_put(core, EVENT_DRAINED, 0, 0, 0, core.map.generation if core.map != NULL else 0, core.holds, 0)
     if core.replay_report and core.replays_pending == 0:
         core.replay_report = False
         event_put(core, EVENT_REPLAYED, 0, 0, 0, core.map.generation, core.replays, core.replay_longest_ns)
@@ -504,6 +504,7 @@ cdef void settle(Core *core) noexcept nogil:
 
 cdef void hold(Core *core) noexcept nogil:
     core.held = True
+    core.holds += 1
     core.drain_reported = False
     core.replay_report = False
 

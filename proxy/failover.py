@@ -1,0 +1,576 @@
+"""Who serves a domain, and what happens when a leg fails: a table, and nothing else. Pure.
+
+The machine is told what has happened (inputs) and says what to do (effects). Its driver, the manager's
+supervisor or the simulator, carries effects out in order and tells it when they are done. It never
+waits, never fails half-way, and an input that a phase does not know raises and changes nothing.
+
+One failover, in the order that keeps the promise (fence before ack)::
+
+    SERVING --LegLost / Ordered--> DRAINING      Hold, Fence(lost legs)
+    DRAINING --Drained-----------> RECORDING     Fence(old active leg), Record
+    RECORDING --Recorded---------> INSTALLING    Install
+    INSTALLING --Installed-------> SERVING       Release
+
+Losing a backup, a leg that is synced, a new disk: the same path, so there is one to prove right; those
+that cannot lose a write skip the hold. When no leg is left to go to, the machine is HELD: clients
+wait, nothing is acknowledged, and the active leg of the record stays the one whose content counts.
+"""
+
+import errno
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum
+from types import MappingProxyType
+
+from proxy.errors import RefusedError
+from proxy.model import LegState
+
+GroupName = str
+
+
+class IllegalTransitionError(Exception):
+    """An input that the machine's phase does not know: a bug of the driver. Nothing was changed."""
+
+
+class EvidenceKind(StrEnum):
+    """What speaks against a leg."""
+
+    ERROR = "error"  # a device answered with an error
+    LOST = "lost"  # the connection to a device is gone
+    DEADLINE = "deadline"  # a device has not answered in time
+    UNREACHABLE = "unreachable"  # a device could not be opened, or is not the one expected
+    OPERATOR = "operator"
+
+
+#: Errors of a device that is there and answers: without another leg the client is told, as by any disk.
+MEDIUM_ERRORS = frozenset(
+    {errno.EIO, errno.EREMOTEIO, errno.EILSEQ, errno.ENODATA, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """One observation against a leg; ``error_number`` is a positive errno or 0, ``device`` a text."""
+
+    kind: EvidenceKind
+    device: str = ""
+    error_number: int = 0
+    detail: str = ""
+
+    @property
+    def is_medium(self) -> bool:
+        """Whether the device is there and answers, only not with what was asked for."""
+        return self.kind is EvidenceKind.ERROR and self.error_number in MEDIUM_ERRORS
+
+    def __str__(self) -> str:
+        what = {
+            EvidenceKind.ERROR: "answered with an error",
+            EvidenceKind.LOST: "lost its connection",
+            EvidenceKind.DEADLINE: "did not answer in time",
+            EvidenceKind.UNREACHABLE: "cannot be used",
+            EvidenceKind.OPERATOR: "ordered by the operator",
+        }[self.kind]
+        cause = self.detail or (os.strerror(self.error_number) if self.error_number else "")
+        return f"{self.device} {what}".strip() + (f" ({cause})" if cause else "")
+
+
+@dataclass(frozen=True, slots=True)
+class LegRecord:
+    """What the store says of one leg. ``blocked``: the domain may not touch it."""
+
+    group: GroupName
+    state: LegState
+    blocked: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A domain's connection details: what a failover changes, all of it in one transaction.
+
+    ``legs`` are in order of preference.
+    """
+
+    generation: int
+    active: GroupName
+    legs: tuple[LegRecord, ...]
+
+    def leg(self, group: GroupName) -> LegRecord:
+        """The leg on this group; KeyError when there is none."""
+        for leg in self.legs:
+            if leg.group == group:
+                return leg
+        raise KeyError(group)
+
+    def attached(self) -> tuple[GroupName, ...]:
+        """Legs that take part: the active one, backups, and those being copied to."""
+        states = (LegState.UPTODATE, LegState.SYNCING)
+        return tuple(leg.group for leg in self.legs if leg.state in states and not leg.blocked)
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """From one record to the next. ``is_failover``: the active leg changes."""
+
+    before: Record
+    after: Record
+    reason: str
+
+    @property
+    def is_failover(self) -> bool:
+        return self.before.active != self.after.active
+
+
+class Phase(Enum):
+    """Where a domain stands between two records."""
+
+    SERVING = "serving"
+    DRAINING = "draining"
+    RECORDING = "recording"
+    UNRECORDED = "unrecorded"  # the store refused; tried again, and held until it takes
+    INSTALLING = "installing"
+    HELD = "held"
+
+
+# --- Inputs ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A new domain server holds, with the legs that could be opened attached.
+
+    ``unclean``: the one before it ended without saying so; what was in flight then may be on some
+    legs and not on others.
+    """
+
+    lost: Mapping[GroupName, Evidence]
+    unclean: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted:
+    """A running domain server was found by a new manager.
+
+    ``present``: legs it has attached; ``generation``: of the map it runs under.
+    """
+
+    lost: Mapping[GroupName, Evidence]
+    present: frozenset[GroupName]
+    held: bool
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class LegLost:
+    """Something speaks against a leg."""
+
+    group: GroupName
+    evidence: Evidence
+
+
+@dataclass(frozen=True, slots=True)
+class LegReturned:
+    """A lost leg was opened again, its label is right, and no old write can reach it any more."""
+
+    group: GroupName
+
+
+@dataclass(frozen=True, slots=True)
+class Ordered:
+    """The operator wants another leg to be active."""
+
+    target: GroupName
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Leg states to set without a failover; empty when only the disks change.
+
+    Only the two steps of a sync are heeded: outdated to syncing, and syncing to uptodate. A leg
+    that was lost meanwhile keeps the state that gave it.
+    """
+
+    states: Mapping[GroupName, LegState]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """After the last Hold: nothing runs any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """The transition is durable."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecordFailed:
+    """The transition could not be made durable; the store is as before."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RetryRecord:
+    """It is time to try the store again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """The map of the record's generation is installed."""
+
+
+Input = (
+    Started
+    | Adopted
+    | LegLost
+    | LegReturned
+    | Ordered
+    | Change
+    | Drained
+    | Recorded
+    | RecordFailed
+    | RetryRecord
+    | Installed
+)
+
+
+# --- Effects --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Admit no request to the devices. Answered by Drained."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """Close the gate to a leg for good."""
+
+    group: GroupName
+
+
+@dataclass(frozen=True, slots=True)
+class MakeDurable:
+    """Write the transition to the store, in one transaction. Answered by Recorded or RecordFailed."""
+
+    transition: Transition
+
+
+@dataclass(frozen=True, slots=True)
+class Install:
+    """Install the map of this record. Answered by Installed."""
+
+    record: Record
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Replay what failed, let in what was held."""
+
+
+@dataclass(frozen=True, slots=True)
+class RejectParked:
+    """Tell clients the error that their requests met: no leg can do better."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stuck:
+    """No leg is left to go to, or the store cannot be written: the domain waits."""
+
+    reason: str
+
+
+Effect = Hold | Fence | MakeDurable | Install | Release | RejectParked | Stuck
+
+
+@dataclass(slots=True)
+class Failover:
+    """The machine of one domain.
+
+    Args:
+        record: as it is in the store.
+    """
+
+    record: Record
+    phase: Phase = Phase.HELD
+    lost: dict[GroupName, Evidence] = field(default_factory=dict)
+    target: GroupName | None = None
+    fenced: set[GroupName] = field(default_factory=set)
+    _held: bool = True
+    _transition: Transition | None = None
+    _change: Change | None = None
+    _resync: bool = False
+
+    def receive(self, event: Input) -> list[Effect]:
+        """What to do, in order, now that ``event`` has happened.
+
+        Raises:
+            RefusedError: an operator's order that cannot be carried out as things stand.
+            IllegalTransitionError: this phase does not know such an input.
+        """
+        handler = _TABLE.get((self.phase, type(event)))
+        if handler is None:
+            raise IllegalTransitionError(f"{type(event).__name__} in phase {self.phase.value}")
+        return handler(self, event)
+
+    # --- What to aim for --------------------------------------------------------------------------
+
+    def successor(self) -> GroupName | None:
+        """The leg that would become active if the present one were lost now; None when none can."""
+        for leg in self.record.legs:
+            if leg.group != self.record.active and self._usable(leg):
+                return leg.group
+        return None
+
+    def _usable(self, leg: LegRecord) -> bool:
+        return leg.state is LegState.UPTODATE and not leg.blocked and leg.group not in self.lost
+
+    def _plan(self) -> Transition | None:
+        """The next record, given what is lost and what was ordered; None when no leg can be active."""
+        before = self.record
+        active = before.active
+        if self.target is not None and self._usable(before.leg(self.target)):
+            active = self.target
+        elif active in self.lost:
+            successor = self.successor()
+            if successor is None:
+                return None
+            active = successor
+        legs = tuple(self._next_leg(leg, active) for leg in before.legs)
+        return Transition(before, Record(before.generation + 1, active, legs), self._reason(active))
+
+    def _next_leg(self, leg: LegRecord, active: GroupName) -> LegRecord:
+        if leg.group == active:
+            return LegRecord(leg.group, LegState.UPTODATE)
+        if leg.state is not LegState.OUTDATED and leg.group in (*self.lost, self.record.active):
+            # It misses, or will miss, what is acknowledged from now on.
+            return LegRecord(leg.group, LegState.OUTDATED, blocked=True)
+        if self._resync and leg.state is LegState.UPTODATE:
+            return LegRecord(leg.group, LegState.SYNCING)
+        wanted = self._change.states.get(leg.group) if self._change else None
+        if wanted is not None and leg.group not in self.lost and (leg.state, wanted) in _SYNC_STEPS:
+            return LegRecord(leg.group, wanted)
+        return leg
+
+    def _reason(self, active: GroupName) -> str:
+        if active == self.target and self.record.active not in self.lost:
+            return "ordered by the operator"
+        if self.lost:
+            named = self.lost.get(self.record.active)
+            return str(named if named is not None else next(iter(self.lost.values())))
+        return self._change.reason if self._change else "start"
+
+    # --- Steps ------------------------------------------------------------------------------------
+
+    def _begin(self) -> list[Effect]:
+        """Leave for the next record: hold, and fence what is lost; or hold and wait for a leg."""
+        self._held = True
+        transition = self._plan()
+        if transition is None:
+            self.phase = Phase.HELD
+            return [Hold(), Stuck(self._stuck_reason())]
+        self.phase = Phase.DRAINING
+        # An ordered failover leaves the old leg open until what is in flight on it is done.
+        return [Hold(), *self._fence(group for group in self._dropped(transition) if group in self.lost)]
+
+    def _dropped(self, transition: Transition) -> list[GroupName]:
+        attached = transition.after.attached()
+        return [group for group in transition.before.attached() if group not in attached]
+
+    def _fence(self, groups: Iterable[GroupName]) -> list[Effect]:
+        fresh = [group for group in groups if group not in self.fenced]
+        self.fenced.update(fresh)
+        return [Fence(group) for group in fresh]
+
+    def _record(self) -> list[Effect]:
+        """Nothing runs: what is in flight from here on is only what was never acknowledged."""
+        transition = self._plan()
+        if transition is None:
+            self.phase = Phase.HELD
+            return [Stuck(self._stuck_reason())]
+        self.phase = Phase.RECORDING
+        self._transition = transition
+        return [*self._fence(self._dropped(transition)), MakeDurable(transition)]
+
+    def _stuck_reason(self) -> str:
+        return f"no up-to-date leg is left to serve from: {'; '.join(map(str, self.lost.values()))}"
+
+    def _lost_matters(self) -> bool:
+        return any(group in self.record.attached() for group in self.lost)
+
+    # --- The table's rows -------------------------------------------------------------------------
+
+    def _on_started(self, event: Started) -> list[Effect]:
+        attached = self.record.attached()
+        self.lost = {group: evidence for group, evidence in event.lost.items() if group in attached}
+        self._resync = event.unclean
+        return self._record()
+
+    def _on_adopted(self, event: Adopted) -> list[Effect]:
+        attached = self.record.attached()
+        self.lost = {group: evidence for group, evidence in event.lost.items() if group in attached}
+        missing = [group for group in attached if group not in event.present and group not in self.lost]
+        for group in missing:
+            self.lost[group] = Evidence(EvidenceKind.UNREACHABLE, group, detail="not attached")
+        stale = self._fence(sorted(event.present - set(attached)))
+        if not stale and not self.lost and not event.held and event.generation == self.record.generation:
+            self.phase = Phase.SERVING
+            self._held = False
+            return []
+        effects = self._begin()
+        return [effects[0], *stale, *effects[1:]]
+
+    def _on_lost_serving(self, event: LegLost) -> list[Effect]:
+        if event.group not in self.record.attached():
+            return []
+        self.lost[event.group] = event.evidence
+        if self._plan() is None and all(evidence.is_medium for evidence in self.lost.values()):
+            self.lost.clear()
+            return [RejectParked()]
+        return self._begin()
+
+    def _on_lost_draining(self, event: LegLost) -> list[Effect]:
+        if event.group not in self.record.attached() or event.group in self.lost:
+            return []
+        self.lost[event.group] = event.evidence
+        if self._plan() is None:
+            self.phase = Phase.HELD
+            return [Stuck(self._stuck_reason())]
+        return self._fence([event.group])
+
+    def _on_lost_later(self, event: LegLost) -> list[Effect]:
+        # A transaction or an install is under way; it is taken up when that is done.
+        if event.group in self.record.attached() and event.group not in self.lost:
+            self.lost[event.group] = event.evidence
+        return []
+
+    def _on_lost_held(self, event: LegLost) -> list[Effect]:
+        if event.group in self.record.attached():
+            self.lost[event.group] = event.evidence
+        return []
+
+    def _on_returned(self, event: LegReturned) -> list[Effect]:
+        self.lost.pop(event.group, None)
+        self.fenced.discard(event.group)
+        return [] if self._plan() is None else self._begin()
+
+    def _on_ordered_serving(self, event: Ordered) -> list[Effect]:
+        self._check_order(event.target)
+        self.target = event.target
+        return self._begin()
+
+    def _on_ordered_held(self, event: Ordered) -> list[Effect]:
+        return self._on_ordered_serving(event)
+
+    def _check_order(self, target: GroupName) -> None:
+        try:
+            leg = self.record.leg(target)
+        except KeyError:
+            raise RefusedError(f"group {target} is no leg of this domain") from None
+        if target == self.record.active:
+            raise RefusedError(f"group {target} is active already")
+        if target in self.lost:
+            raise RefusedError(f"group {target} cannot take over: {self.lost[target]}")
+        if not self._usable(leg):
+            state = f"{leg.state} and blocked" if leg.blocked else str(leg.state)
+            raise RefusedError(f"group {target} cannot take over: it is {state}; only an uptodate leg can")
+
+    def _on_change(self, event: Change) -> list[Effect]:
+        self._change = event
+        return self._record()
+
+    def _on_drained(self, event: Drained) -> list[Effect]:
+        return self._record()
+
+    def _on_drained_held(self, event: Drained) -> list[Effect]:
+        # What was late has answered after all: the active leg is as good as its word again.
+        evidence = self.lost.get(self.record.active)
+        if (
+            evidence is None
+            or evidence.kind is not EvidenceKind.DEADLINE
+            or self.record.active in self.fenced
+        ):
+            return []
+        del self.lost[self.record.active]
+        return self._begin()
+
+    def _on_recorded(self, event: Recorded) -> list[Effect]:
+        assert self._transition is not None
+        self.record = self._transition.after
+        self._transition = None
+        self._change = None
+        self._resync = False
+        self.target = None
+        attached = self.record.attached()
+        self.lost = {group: evidence for group, evidence in self.lost.items() if group in attached}
+        self.fenced &= set(attached)
+        if self._held and self.lost:
+            return self._record()
+        self.phase = Phase.INSTALLING
+        return [Install(self.record)]
+
+    def _on_record_failed(self, event: RecordFailed) -> list[Effect]:
+        self._transition = None
+        self._change = None
+        if self._held:
+            self.phase = Phase.UNRECORDED
+            return [Stuck(f"the store cannot be written: {event.reason}")]
+        # Nothing depended on it but the change itself: the domain goes on under its old record.
+        self.phase = Phase.SERVING
+        return self._begin() if self._lost_matters() else []
+
+    def _on_retry(self, event: RetryRecord) -> list[Effect]:
+        return self._record()
+
+    def _on_installed(self, event: Installed) -> list[Effect]:
+        if self._lost_matters():
+            return self._begin()
+        self.phase = Phase.SERVING
+        if not self._held:
+            return []
+        self._held = False
+        return [Release()]
+
+    def _nothing(self, event: Input) -> list[Effect]:
+        return []
+
+
+#: Which states a Change may take a leg from and to.
+_SYNC_STEPS = frozenset({(LegState.OUTDATED, LegState.SYNCING), (LegState.SYNCING, LegState.UPTODATE)})
+
+_Handler = Callable[..., list[Effect]]
+
+# Rule: everything that moves the machine is a row of this table.
+_TABLE: Mapping[tuple[Phase, type[Input]], _Handler] = MappingProxyType(
+    {
+        (Phase.SERVING, LegLost): Failover._on_lost_serving,
+        (Phase.SERVING, Ordered): Failover._on_ordered_serving,
+        (Phase.SERVING, Change): Failover._on_change,
+        (Phase.SERVING, Drained): Failover._nothing,
+        (Phase.DRAINING, LegLost): Failover._on_lost_draining,
+        (Phase.DRAINING, Drained): Failover._on_drained,
+        (Phase.RECORDING, LegLost): Failover._on_lost_later,
+        (Phase.RECORDING, Recorded): Failover._on_recorded,
+        (Phase.RECORDING, RecordFailed): Failover._on_record_failed,
+        (Phase.RECORDING, Drained): Failover._nothing,
+        (Phase.UNRECORDED, LegLost): Failover._on_lost_later,
+        (Phase.UNRECORDED, RetryRecord): Failover._on_retry,
+        (Phase.UNRECORDED, Drained): Failover._nothing,
+        (Phase.INSTALLING, LegLost): Failover._on_lost_later,
+        (Phase.INSTALLING, Installed): Failover._on_installed,
+        (Phase.INSTALLING, Drained): Failover._nothing,
+        (Phase.HELD, Started): Failover._on_started,
+        (Phase.HELD, Adopted): Failover._on_adopted,
+        (Phase.HELD, LegLost): Failover._on_lost_held,
+        (Phase.HELD, LegReturned): Failover._on_returned,
+        (Phase.HELD, Ordered): Failover._on_ordered_held,
+        (Phase.HELD, Drained): Failover._on_drained_held,
+    }
+)
+
+
+def legal_inputs(phase: Phase) -> Sequence[type[Input]]:
+    """What may happen in a phase; for drivers and tests."""
+    return [kind for at, kind in _TABLE if at is phase]
