@@ -315,6 +315,11 @@ class Failover:
             raise IllegalTransitionError(f"{type(event).__name__} in phase {self.phase.value}")
         return handler(self, event)
 
+    @property
+    def is_held(self) -> bool:
+        """Whether clients' requests wait."""
+        return self._held
+
     # --- What to aim for --------------------------------------------------------------------------
 
     def successor(self) -> GroupName | None:

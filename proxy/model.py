@@ -1,8 +1,7 @@
 """The vocabulary as types: one word, one meaning. Pure and immutable.
 
-``Domain`` holds what never changes in a failover (name, size, address); ``Connection details``
-of the patent (who is active, each leg's state, the map generation) are ``Attachment``, so that
-a failover touches the second and never the first.
+``Domain`` holds what never changes in a failover: name, size, address. Who is active, each leg's
+state and the map generation are ``proxy.failover.Record``; a failover touches that alone.
 """
 
 import re
@@ -12,6 +11,7 @@ from typing import NewType
 from uuid import UUID
 
 from proxy.errors import InvalidError
+from proxy.sizes import MIB, format_size, parse_size
 
 GroupId = NewType("GroupId", int)
 DeviceId = NewType("DeviceId", int)
@@ -25,6 +25,9 @@ BLOCK_SIZE_MAX = 4096
 
 #: Space is allotted in multiples of this, so that no extent ever splits a block of any device.
 ALLOCATION_UNIT = 64 * 1024
+
+#: Of a striped group that names none: large enough that most requests touch one device.
+CHUNK_DEFAULT = MIB
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
@@ -79,8 +82,6 @@ class Layout:
     chunk: int = 0
 
     def __str__(self) -> str:
-        from proxy.sizes import format_size
-
         return f"{self.kind}:{format_size(self.chunk)}" if self.chunk else str(self.kind)
 
 
@@ -123,3 +124,82 @@ def check_name(kind: str, name: str) -> str:
             "and begin with a letter or a digit"
         )
     return name
+
+
+class Desired(StrEnum):
+    """What the operator wants a domain to be doing."""
+
+    ONLINE = "online"
+    MAINTENANCE = "maintenance"
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """A logical storage domain: what a failover never changes.
+
+    ``size`` is in bytes; ``listen`` is ``host:port`` of its TCP door, or empty.
+    """
+
+    id: DomainId
+    uuid: UUID
+    name: str
+    size: int
+    replication: Replication
+    listen: str
+
+
+@dataclass(frozen=True, slots=True)
+class FailoverReceipt:
+    """One change of the active leg, as it was recorded.
+
+    ``at`` is in seconds since the epoch. ``stall_ms`` is the longest any client's request took
+    across it, ``replayed`` how many were held or done again; both are None until the last of them
+    is answered.
+    """
+
+    generation: int
+    at: float
+    reason: str
+    source: str
+    target: str
+    stall_ms: float | None = None
+    replayed: int | None = None
+
+
+class Severity(StrEnum):
+    """How much an event matters to an operator."""
+
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened, in the order of ``id``; ``at`` in seconds since the epoch."""
+
+    id: int
+    at: float
+    severity: Severity
+    domain: str
+    kind: str
+    message: str
+
+
+def parse_layout(text: str) -> Layout:
+    """The layout meant by ``linear`` or ``striped[:CHUNK]``.
+
+    Raises:
+        InvalidError: it is neither, or the chunk is not a power of two of at least 64K.
+    """
+    kind, _, chunk_text = text.partition(":")
+    if kind == LayoutKind.LINEAR and not chunk_text:
+        return Layout(LayoutKind.LINEAR)
+    if kind != LayoutKind.STRIPED:
+        raise InvalidError(f"layout {text!r} is neither linear nor striped[:CHUNK], such as striped:1M")
+    chunk = parse_size(chunk_text) if chunk_text else CHUNK_DEFAULT
+    if chunk < ALLOCATION_UNIT or chunk & (chunk - 1):
+        raise InvalidError(
+            f"layout {text!r}: a chunk is a power of two of at least {format_size(ALLOCATION_UNIT)}"
+        )
+    return Layout(LayoutKind.STRIPED, chunk)

@@ -1,23 +1,14 @@
 """Sizes as people write them: ``50M``, ``1.5G``, ``4096``. Units are powers of 1024.
 
-Pure. The inverse, ``format_size``, is what every message and table shows.
+Pure. The parser is the one device URLs are read with, so that a size means the same everywhere;
+``format_size`` is what every message and table shows.
 """
 
-import re
-from fractions import Fraction
-
+from backends import sizes
+from backends.sizes import GIB, KIB, MIB, SIZE_MAX, TIB, format_size
 from proxy.errors import InvalidError
 
-KIB = 1 << 10
-MIB = 1 << 20
-GIB = 1 << 30
-TIB = 1 << 40
-
-#: NBD carries offsets as unsigned 64 bit, the kernel's loff_t is signed: the smaller one binds.
-SIZE_MAX = (1 << 63) - 1
-
-_UNITS = {"": 1, "B": 1, "K": KIB, "M": MIB, "G": GIB, "T": TIB}
-_SIZE = re.compile(r"(?P<number>[0-9]+(?:\.[0-9]+)?)(?P<unit>[KMGT]?)(?:i?B)?", re.IGNORECASE)
+__all__ = ["GIB", "KIB", "MIB", "SIZE_MAX", "TIB", "format_size", "parse_size"]
 
 
 def parse_size(text: str) -> int:
@@ -27,24 +18,7 @@ def parse_size(text: str) -> int:
         InvalidError: it is not a number with an optional K, M, G or T, is not a whole number of
             bytes, is zero, or does not fit a signed 64-bit offset.
     """
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise InvalidError(f"size {text!r} is not a number of bytes with an optional K, M, G or T, such as 50M")
-    size = Fraction(match["number"]) * _UNITS[match["unit"].upper()]
-    if size.denominator != 1:
-        raise InvalidError(f"size {text!r} is not a whole number of bytes")
-    if size <= 0:
-        raise InvalidError(f"size {text!r} must be larger than zero")
-    if size > SIZE_MAX:
-        raise InvalidError(f"size {text!r} is larger than the {format_size(SIZE_MAX)} a device can have")
-    return int(size)
-
-
-def format_size(size: int) -> str:
-    """``size`` bytes for a person: exact where a unit divides it, else two digits, ``149.94M``."""
-    for unit in ("T", "G", "M", "K"):
-        scale = _UNITS[unit]
-        if size >= scale:
-            whole, rest = divmod(size, scale)
-            return f"{whole}{unit}" if rest == 0 else f"{size / scale:.2f}{unit}"
-    return str(size)
+    try:
+        return sizes.parse_size(text)
+    except ValueError as error:
+        raise InvalidError(str(error)) from None

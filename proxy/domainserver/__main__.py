@@ -1,0 +1,82 @@
+"""Run one domain server: ``python -m proxy.domainserver NAME --directory RUN/NAME --deadline-ms N``.
+
+The manager starts it. Its directory gets ``nbd.sock`` (clients), ``control.sock`` (the manager) and ``lock``,
+which keeps a second one away from the same domain. SIGTERM ends it as the manager's stop does.
+"""
+
+import argparse
+import fcntl
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+import trio
+
+from proxy.domainserver.control import Server
+
+
+def main() -> int:
+    """Serve until told to stop; 0 when everything acknowledged is on every leg."""
+    parser = argparse.ArgumentParser(prog="standfast-domain")
+    parser.add_argument("name")
+    parser.add_argument("--directory", type=Path, required=True)
+    parser.add_argument("--deadline-ms", type=int, required=True)
+    arguments = parser.parse_args()
+    logging.basicConfig(
+        level=os.environ.get("STANDFAST_LOG", "INFO"),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    lock = os.open(arguments.directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"domain {arguments.name} is being served by another process", file=sys.stderr)
+        return 1
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, b"%d\n" % os.getpid(), 0)
+    return 0 if trio.run(_serve, arguments.name, arguments.directory, arguments.deadline_ms) else 1
+
+
+async def _serve(name: str, directory: Path, deadline_ms: int) -> bool:
+    server = Server(name, deadline_ms=deadline_ms)
+    server.engine.start()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(server.watch_engine, nursery)
+        await nursery.start(server.doors.serve_unix, directory / "nbd.sock")
+        await nursery.start(_serve_control, server, directory / "control.sock")
+        nursery.start_soon(_stop_on_sigterm, server)
+        await server.stopped.wait()
+        nursery.cancel_scope.cancel()
+    server.engine.stop()
+    return server.clean
+
+
+async def _serve_control(
+    server: Server, path: Path, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED
+) -> None:
+    path.unlink(missing_ok=True)
+    with trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_STREAM) as listener:
+        await listener.bind(str(path))
+        path.chmod(0o600)
+        listener.listen(4)
+        task_status.started()
+        try:
+            async with trio.open_nursery() as nursery:
+                while True:
+                    client, _ = await listener.accept()
+                    nursery.start_soon(server.serve_manager, trio.SocketStream(client))
+        finally:
+            path.unlink(missing_ok=True)
+
+
+async def _stop_on_sigterm(server: Server) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for _ in signals:
+            await server.stop()
+            server.stopped.set()
+            return
+
+
+sys.exit(main())

@@ -1,0 +1,329 @@
+"""The manager's end in a domain server: commands in, events out."""
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import trio
+
+from proxy.domainserver.doors import Doors, export_of
+from proxy.domainserver.legs import DeviceOrder, LegError, open_leg
+from proxy.engine import Engine, Event, EventKind, LegRole, RequestKind
+from proxy.errors import NBD_ERROR_BY_ERRNO
+from proxy.extentmap import ExtentMap
+from proxy.wire import Decoder, Frame, WireError
+
+log = logging.getLogger("standfast.control")
+
+#: How long a stop lets clients finish what they have asked for.
+STOP_PATIENCE_S = 10
+#: How long a manager may leave its socket unread before it is taken for dead.
+SEND_PATIENCE_S = 5
+
+#: Events that speak against a leg.
+_AGAINST = {EventKind.DEVICE_ERROR, EventKind.DEVICE_LOST, EventKind.DEADLINE_MISSED}
+
+
+@dataclass(slots=True)
+class LegStatus:
+    """What a manager that comes later must know of a leg. ``against``: the first event that speaks so."""
+
+    group: str
+    fenced: bool = False
+    copied: bool = False
+    drained: bool = False
+    unproven: int = 0
+    against: dict[str, Any] | None = None
+
+
+class Server:
+    """One domain server: an engine, its doors, and the obedience of a manager.
+
+    Args:
+        domain: its name.
+        deadline_ms: how long a device may take for one operation before that is reported.
+    """
+
+    def __init__(self, domain: str, *, deadline_ms: int) -> None:
+        self.domain = domain
+        self.engine = Engine(
+            nbd_errors={number: int(value) for number, value in NBD_ERROR_BY_ERRNO.items()},
+            deadline_ns=deadline_ms * 1_000_000,
+        )
+        self.doors = Doors(self.engine, domain)
+        self.stopped = trio.Event()
+        self.clean = False
+        self._legs: dict[int, LegStatus] = {}
+        self._held = True
+        self._generation = 0
+        self._listening: str | None = None
+        self._manager: trio.SocketStream | None = None
+        self._passing = trio.Lock()
+        self._sending = trio.Lock()
+        self._done: dict[int, int] = {}  # token to errno, of the server's own requests
+        self._changed = trio.Condition()  # something the engine told was taken in
+        self._nursery: trio.Nursery | None = None
+
+    # --- Tasks ------------------------------------------------------------------------------------
+
+    async def watch_engine(self, nursery: trio.Nursery) -> None:
+        """Pass on the engine's events for as long as it runs."""
+        self._nursery = nursery
+        while not self.stopped.is_set():
+            await trio.lowlevel.wait_readable(self.engine.event_fd)
+            await self._pass_events()
+
+    async def serve_manager(self, stream: trio.SocketStream) -> None:
+        """Obey one manager until it goes. A new one takes the place of one before."""
+        if self._manager is not None:
+            await trio.aclose_forcefully(self._manager)
+        self._manager = stream
+        log.info("a manager has connected")
+        decoder = Decoder()
+        try:
+            async with stream:
+                async for data in stream:
+                    for frame in decoder.receive(data):
+                        await self._obey(frame)
+        except (trio.BrokenResourceError, trio.ClosedResourceError, WireError) as error:
+            log.info("manager lost: %s", error)
+        finally:
+            if self._manager is stream:
+                self._manager = None
+                log.info("the manager has gone; serving on")
+
+    # --- Out --------------------------------------------------------------------------------------
+
+    async def _send(self, body: dict[str, Any]) -> None:
+        async with self._sending:
+            manager = self._manager
+            if manager is None:
+                return
+            with trio.move_on_after(SEND_PATIENCE_S) as patience:
+                try:
+                    await manager.send_all(Frame(body).encode())
+                except (trio.BrokenResourceError, trio.ClosedResourceError):
+                    log.debug("the manager went before it could be told: %s", body)
+            if patience.cancelled_caught:
+                log.warning("the manager does not listen; going on without it")
+                await trio.aclose_forcefully(manager)
+
+    async def _pass_events(self) -> None:
+        """Take in and pass on what the engine has told; in order, whichever task gets here first."""
+        async with self._passing:
+            for event in self.engine.events():
+                self._note(event)
+                if event.kind is EventKind.CONNECTION_CLOSED:
+                    self.doors.forget(event.a)
+                elif event.kind is EventKind.DONE:
+                    self._done[event.a] = event.code
+                elif event.kind is not EventKind.MAP_RETIRED:
+                    await self._send({"event": _message(event)})
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _note(self, event: Event) -> None:
+        """Remember what a later manager would have to be told."""
+        leg = self._legs.get(event.leg)
+        if leg is None:
+            return
+        if event.kind in _AGAINST:
+            leg.against = leg.against or _message(event)
+            log.warning("leg %s (%d): %s", leg.group, event.leg, event)
+        elif event.kind is EventKind.COPIED:
+            leg.copied = event.code == 0
+        elif event.kind is EventKind.LEG_DRAINED:
+            leg.drained, leg.unproven = True, event.a
+        elif event.kind is EventKind.LEG_CLOSED:
+            del self._legs[event.leg]
+
+    # --- In ---------------------------------------------------------------------------------------
+
+    async def _obey(self, frame: Frame) -> None:
+        operation = frame.body.get("op")
+        handler = _OPERATIONS.get(operation) if isinstance(operation, str) else None
+        answer: dict[str, Any] = {"id": frame.body.get("id")}
+        try:
+            if handler is None:
+                raise ValueError(f"unknown command {operation!r}")
+            answer["result"] = await handler(self, frame)
+        except LegError as error:
+            answer["error"] = {"text": str(error), "position": error.position, "errno": error.error_number}
+        except Exception as error:
+            # The boundary: whatever a command ran into, the clients are served on.
+            log.exception("command %s failed", operation)
+            answer["error"] = {"text": f"{type(error).__name__}: {error}"}
+        await self._pass_events()
+        await self._send(answer)
+        if operation == "stop":
+            self.stopped.set()
+
+    async def _hello(self, frame: Frame) -> dict[str, Any]:
+        return {
+            "domain": self.domain,
+            "generation": self._generation,
+            "held": self._held,
+            "legs": {str(leg_id): asdict(leg) for leg_id, leg in self._legs.items()},
+        }
+
+    async def _status(self, frame: Frame) -> dict[str, Any]:
+        statistics = self.engine.statistics()
+        return {
+            "statistics": statistics._asdict(),
+            "clients": list(self.doors.clients.values()),
+            "legs": {
+                str(leg_id): {
+                    "devices": [device._asdict() for device in self.engine.device_statistics(leg_id)],
+                    "copy": self.engine.copy_progress(leg_id),
+                }
+                for leg_id in self._legs
+            },
+        }
+
+    async def _open_leg(self, frame: Frame) -> None:
+        leg_id = frame.body["leg"]
+        specs = await open_leg([DeviceOrder.from_message(message) for message in frame.body["devices"]])
+        self.engine.add_leg(leg_id, specs)
+        self._legs[leg_id] = LegStatus(frame.body["group"])
+
+    async def _install(self, frame: Frame) -> None:
+        """Install a map, and offer the disks in it that are ready."""
+        tables = _split(frame.payload, frame.body["map_bytes"])
+        legs = [(leg["leg"], LegRole(leg["role"])) for leg in frame.body["legs"]]
+        disks = frame.body["disks"]
+        self.engine.install(
+            frame.body["generation"],
+            legs,
+            [
+                (disk["number"], disk["size"], tables[index * len(legs) : (index + 1) * len(legs)])
+                for index, disk in enumerate(disks)
+            ],
+        )
+        self._generation = frame.body["generation"]
+        for leg in self._legs.values():
+            # The engine reports anew what still is so, except a lost stream, which stays lost.
+            if leg.against and leg.against["kind"] != EventKind.DEVICE_LOST.name:
+                leg.against = None
+        self._offer(disks)
+
+    async def _exports(self, frame: Frame) -> None:
+        self._offer(frame.body["disks"])
+
+    def _offer(self, disks: list[dict[str, Any]]) -> None:
+        ready = [disk for disk in disks if disk["ready"]]
+        self.doors.numbers = {disk["name"]: disk["number"] for disk in ready}
+        self.doors.exports = {
+            disk["name"]: export_of(self.domain, disk["name"], disk["size"]) for disk in ready
+        }
+        for number, disk_name in list(self.doors.clients.items()):
+            if disk_name not in self.doors.numbers:
+                self.engine.end_connection(number)
+
+    async def _listen(self, frame: Frame) -> None:
+        """Open the TCP door."""
+        address = frame.body["address"]
+        if address == self._listening:
+            return
+        assert self._nursery is not None
+        host, _, port = address.rpartition(":")
+        await self._nursery.start(self.doors.serve_tcp, host.strip("[]"), int(port))
+        self._listening = address
+
+    async def _hold(self, frame: Frame) -> int:
+        self._held = True
+        return self.engine.hold()
+
+    async def _release(self, frame: Frame) -> None:
+        self.engine.release()
+        self._held = False
+
+    async def _fence(self, frame: Frame) -> None:
+        self.engine.fence_leg(frame.body["leg"])
+        self._legs[frame.body["leg"]].fenced = True
+
+    async def _close_leg(self, frame: Frame) -> None:
+        self._legs[frame.body["leg"]].fenced = True
+        self.engine.close_leg(frame.body["leg"])
+
+    async def _reject_parked(self, frame: Frame) -> None:
+        self.engine.fail_parked()
+        for leg in self._legs.values():
+            if leg.against and leg.against["kind"] != EventKind.DEVICE_LOST.name:
+                leg.against = None
+
+    async def _copy(self, frame: Frame) -> None:
+        self._legs[frame.body["leg"]].copied = False
+        ranges = [(disk, offset, length) for disk, offset, length in frame.body["ranges"]]
+        self.engine.copy_leg(frame.body["leg"], ranges)
+
+    async def _zero(self, frame: Frame) -> None:
+        """Zero a range of a disk on all legs. Answered at once; the event ``zeroed`` tells the end."""
+        token = self.engine.submit(
+            RequestKind.ZERO, frame.body["disk"], frame.body["offset"], frame.body["length"]
+        )
+        assert self._nursery is not None
+        self._nursery.start_soon(self._tell_zeroed, token, frame.body["disk"])
+
+    async def _tell_zeroed(self, token: int, disk: int) -> None:
+        code = await self._wait_done(token)
+        await self._send({"event": {"kind": "ZEROED", "disk": disk, "code": code}})
+
+    async def _wait_done(self, token: int) -> int:
+        async with self._changed:
+            while token not in self._done:
+                await self._changed.wait()
+            return self._done.pop(token)
+
+    async def _stop(self, frame: Frame) -> dict[str, Any]:
+        await self.stop()
+        return {"clean": self.clean}
+
+    async def stop(self) -> None:
+        """Let clients finish and flush every leg; ``clean`` says whether all of that was possible."""
+        self.doors.close()
+        for number in list(self.doors.clients):
+            self.engine.end_connection(number)
+        with trio.move_on_after(STOP_PATIENCE_S) as patience:
+            async with self._changed:
+                while self.doors.clients:
+                    await self._changed.wait()
+            if not self._held and self._generation:
+                self.clean = await self._wait_done(self.engine.submit(RequestKind.FLUSH)) == 0
+        if patience.cancelled_caught:
+            log.warning("stopped with requests unanswered after %d s", STOP_PATIENCE_S)
+        log.info("stopping, %s", "clean" if self.clean else "not clean")
+
+
+def _message(event: Event) -> dict[str, Any]:
+    return {**event._asdict(), "kind": event.kind.name}
+
+
+def _split(payload: bytes, lengths: list[int]) -> list[ExtentMap]:
+    """The extent maps in a payload, given the length of each."""
+    maps = []
+    offset = 0
+    for length in lengths:
+        maps.append(ExtentMap.from_bytes(payload[offset : offset + length]))
+        offset += length
+    if offset != len(payload):
+        raise ValueError(f"{len(payload) - offset} bytes too many behind the extent maps")
+    return maps
+
+
+_OPERATIONS: dict[str, Callable[[Server, Frame], Awaitable[Any]]] = {
+    "hello": Server._hello,
+    "status": Server._status,
+    "open-leg": Server._open_leg,
+    "install": Server._install,
+    "exports": Server._exports,
+    "listen": Server._listen,
+    "hold": Server._hold,
+    "release": Server._release,
+    "fence": Server._fence,
+    "close-leg": Server._close_leg,
+    "reject-parked": Server._reject_parked,
+    "copy": Server._copy,
+    "zero": Server._zero,
+    "stop": Server._stop,
+}

@@ -1,0 +1,116 @@
+"""The manager as a process: ``standfast serve``."""
+
+import fcntl
+import logging
+import os
+import signal
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import trio
+from hypercorn.config import Config
+from hypercorn.trio import serve as serve_http
+from hypercorn.typing import ASGIFramework
+
+from proxy.errors import RefusedError
+from proxy.manager.api import application
+from proxy.manager.service import SOCKET_PATH_MAX, Service
+from proxy.manager.settings import Settings
+from proxy.store.sqlite import SqliteStore
+
+log = logging.getLogger("standfast.manager")
+
+CONTROL_SOCKET = "control.sock"
+#: How long requests under way may take to end when the manager is told to.
+GRACE_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where a manager keeps what must survive (``state``) and its sockets (``run``)."""
+
+    state: Path
+    run: Path
+
+
+def serve(places: Places, settings: Settings, *, keep_domains: bool) -> None:
+    """Be the manager until SIGTERM or SIGINT.
+
+    Args:
+        keep_domains: leave the domain servers serving when this ends.
+
+    Raises:
+        StandfastError: it cannot begin; nothing was changed.
+    """
+    _make(places.state, "--state")
+    _make(places.run, "--run")
+    socket = places.run / CONTROL_SOCKET
+    if len(bytes(socket)) > SOCKET_PATH_MAX:
+        raise RefusedError(
+            f"the control socket {socket} would have a path of {len(bytes(socket))} bytes; the system allows "
+            f"{SOCKET_PATH_MAX}: use a shorter --run directory"
+        )
+    lock = _lock(places.state)
+    try:
+        store = SqliteStore(places.state / "standfast.db")
+        try:
+            trio.run(_main, places, Service(store, settings, places.run), keep_domains)
+        finally:
+            store.close()
+    finally:
+        os.close(lock)
+
+
+def _make(directory: Path, option: str) -> None:
+    try:
+        directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+    except OSError as error:
+        raise RefusedError(f"{option} directory {directory} cannot be made: {error.strerror}") from error
+
+
+def _lock(state: Path) -> int:
+    try:
+        lock = os.open(state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise RefusedError(f"--state directory {state} cannot be written: {error.strerror}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise RefusedError(
+            f"another manager is running on the state directory {state}; end it first"
+        ) from None
+    return lock
+
+
+async def _main(places: Places, service: Service, keep_domains: bool) -> None:
+    socket = places.run / CONTROL_SOCKET
+    socket.unlink(missing_ok=True)
+    config = Config()
+    config.bind = [f"unix:{socket}"]
+    config.umask = 0o117  # the socket gets mode 0660
+    config.graceful_timeout = GRACE_S
+    config.accesslog = None
+    config.errorlog = logging.getLogger("hypercorn")
+    stop = trio.Event()
+    async with service.running(), trio.open_nursery() as nursery:
+        app: ASGIFramework = application(service)  # type: ignore[assignment]
+        await nursery.start(_wait_signal, stop)
+        await nursery.start(partial(serve_http, app, config, shutdown_trigger=stop.wait))
+        os.umask(0o022)  # hypercorn leaves its own behind
+        log.info("ready: %s", socket)
+        await stop.wait()
+        log.info("ending; domains %s", "are kept" if keep_domains else "are ended")
+        if not keep_domains:
+            await service.stop_all()
+    socket.unlink(missing_ok=True)
+
+
+async def _wait_signal(
+    stop: trio.Event, task_status: "trio.TaskStatus[None]" = trio.TASK_STATUS_IGNORED
+) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        task_status.started()
+        async for _ in signals:
+            stop.set()

@@ -1,0 +1,180 @@
+"""The legs of one domain as they stand in its domain server: opened, trusted, on their way out."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import trio
+
+from proxy.extentmap import Run
+from proxy.failover import Evidence, EvidenceKind
+from proxy.manager import messages
+from proxy.manager.link import CommandError, Link, ServerGoneError
+from proxy.manager.settings import Settings
+from proxy.model import Group
+
+_EVIDENCE = {
+    "DEVICE_ERROR": EvidenceKind.ERROR,
+    "DEVICE_LOST": EvidenceKind.LOST,
+    "DEADLINE_MISSED": EvidenceKind.DEADLINE,
+}
+
+
+@dataclass(slots=True)
+class Leg:
+    """A leg opened in the domain server; ``number`` is its id there.
+
+    ``fresh_at``: when it was opened again after a loss, on trio's clock; None once it is in use.
+    """
+
+    group: Group
+    number: int
+    fresh_at: float | None = None
+    copying: bool = False
+    copied: bool = False
+
+
+class Legs:
+    """Every opening has a number of its own, so that what is told of an old one is never taken for a new one.
+
+    Args:
+        link: to the domain server.
+        settings: the manager's.
+    """
+
+    def __init__(self, link: Link, settings: Settings) -> None:
+        self.open: dict[str, Leg] = {}
+        self._link = link
+        self._settings = settings
+        self._leaving: dict[int, Leg] = {}
+        self._opening: set[str] = set()
+        self._tried_at: dict[str, float] = {}
+        self._suspect: set[str] = set()
+        self._next_number = 1
+
+    # --- Opening ----------------------------------------------------------------------------------
+
+    def number(self) -> int:
+        """A number no leg of this domain server has had."""
+        self._next_number += 1
+        return self._next_number - 1
+
+    async def connect(self, group: Group, runs: tuple[Run, ...], *, fresh: bool) -> Leg | Evidence:
+        """Open a leg in the domain server; or what speaks against it."""
+        leg = Leg(group, self.number())
+        try:
+            await self._link.call(
+                "open-leg", leg=leg.number, group=group.name, devices=messages.device_orders(group, runs)
+            )
+        except CommandError as error:
+            position = error.details.get("position")
+            device = f"group {group.name}" if position is None else group.devices[position].url
+            detail = error.details["text"].removeprefix(f"{device}: ")
+            return Evidence(EvidenceKind.UNREACHABLE, device, error.details.get("errno", 0), detail)
+        except ServerGoneError as error:
+            return Evidence(EvidenceKind.UNREACHABLE, f"group {group.name}", detail=str(error))
+        if fresh:
+            leg.fresh_at = trio.current_time()
+        return leg
+
+    def may_open(self, group: str) -> bool:
+        """Whether it is time to try and open this group again; if so, it counts as tried."""
+        now = trio.current_time()
+        if (
+            group in self._opening
+            or group in self.open
+            or any(leg.group.name == group for leg in self._leaving.values())
+            or now - self._tried_at.get(group, -math.inf) < self._settings.reopen_interval_s
+        ):
+            return False
+        self._tried_at[group] = now
+        self._opening.add(group)
+        return True
+
+    def opened(self, group: str, result: Leg | Evidence) -> None:
+        """An attempt that ``may_open`` allowed has ended."""
+        self._opening.discard(group)
+        if isinstance(result, Leg):
+            self.open[group] = result
+
+    def adopt(self, number: int, group: Group, found: Mapping[str, Any]) -> Leg:
+        """Take over a leg that the domain server had before this manager came."""
+        self._next_number = max(self._next_number, number + 1)
+        leg = Leg(group, number, copied=found["copied"])
+        if found["fenced"]:
+            self._leaving[number] = leg
+        else:
+            self.open[group.name] = leg
+        return leg
+
+    # --- Trust ------------------------------------------------------------------------------------
+
+    def suspect(self, group: Group) -> None:
+        """A write of unknown fate may still land on this group, if its devices are other servers'.
+
+        On files and block devices of this host none can: the domain server's locks there outlive
+        every write of its own.
+        """
+        if is_remote(group):
+            self._suspect.add(group.name)
+
+    def trust(self, group: str) -> None:
+        """Time enough has passed for such writes to have landed."""
+        self._suspect.discard(group)
+
+    def trusted(self, leg: Leg) -> bool:
+        """Whether no old write can land on this leg any more."""
+        if leg.group.name in self._suspect and leg.fresh_at is not None:
+            if trio.current_time() - leg.fresh_at < self._settings.quarantine_s:
+                return False
+            self.trust(leg.group.name)
+        return True
+
+    # --- Leaving ----------------------------------------------------------------------------------
+
+    async def fence(self, group: str) -> None:
+        """Close the gate to a leg for good, if it is open at all. It stays until its last answer is in."""
+        leg = self.open.pop(group, None)
+        if leg is not None:
+            self._leaving[leg.number] = leg
+            await self._link.call("fence", leg=leg.number)
+
+    async def discard(self, leg: Leg) -> None:
+        """Let go of a leg without waiting for answers."""
+        del self.open[leg.group.name]
+        self._leaving[leg.number] = leg
+        await self._link.call("close-leg", leg=leg.number)
+
+    async def drained(self, number: int, unproven: int) -> None:
+        """A fenced leg has nothing in flight; ``unproven`` writes of it have an unknown fate."""
+        leg = self._leaving.get(number)
+        if leg is not None:
+            if unproven:
+                self.suspect(leg.group)
+            await self._link.call("close-leg", leg=number)
+
+    def closed(self, number: int) -> None:
+        """The domain server knows a leg no more."""
+        self._leaving.pop(number, None)
+
+    # --- What the server says of them -------------------------------------------------------------
+
+    def by_number(self, number: int) -> Leg | None:
+        """The open leg of this number."""
+        return next((leg for leg in self.open.values() if leg.number == number), None)
+
+
+def evidence_of(leg: Leg, event: Mapping[str, Any]) -> Evidence:
+    """What an event of the domain server says against a leg."""
+    return Evidence(_EVIDENCE[event["kind"]], leg.group.devices[event["device"]].url, event["code"])
+
+
+def is_evidence(event: Mapping[str, Any]) -> bool:
+    """Whether an event of the domain server speaks against a leg."""
+    return event["kind"] in _EVIDENCE
+
+
+def is_remote(group: Group) -> bool:
+    """Whether some device of a group is another server's, whose late writes no lock of ours can see."""
+    return any(device.url.startswith(("nbd:", "nbd+unix:")) for device in group.devices)

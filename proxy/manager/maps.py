@@ -1,0 +1,54 @@
+"""From records to what the engine is given: the flattened maps of a domain's disks on its legs. Pure."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from proxy.engine.types import LegRole
+from proxy.extentmap import ExtentMap, Range, Run, group_map
+from proxy.failover import Record
+from proxy.model import Group, LegState
+from proxy.store import DiskRecord, DomainRecord
+
+
+def domain_map(domain: DomainRecord, group: Group) -> ExtentMap:
+    """Where a domain lies on one of its groups; striping may have allotted a little more than its size."""
+    allotted = group_map(group.layout, len(group.devices), domain.runs[group.name])
+    return allotted.compose([Range(0, domain.domain.size)])
+
+
+def leg_role(record: Record, group: str) -> LegRole:
+    """What an attached leg is to the engine."""
+    if group == record.active:
+        return LegRole.ACTIVE
+    return LegRole.BACKUP if record.leg(group).state is LegState.UPTODATE else LegRole.SYNCING
+
+
+def disk_messages(disks: Sequence[DiskRecord]) -> list[dict[str, Any]]:
+    """The disks of a domain for an ``install`` or ``exports`` command, by number."""
+    return [
+        {"number": disk.number, "name": disk.name, "size": disk.size, "ready": disk.ready}
+        for disk in sorted(disks, key=lambda disk: disk.number)
+    ]
+
+
+def disk_maps(domain: DomainRecord, groups: Sequence[Group]) -> list[bytes]:
+    """The flattened map of each disk on each group, disks by number, encoded for the channel."""
+    whole = [domain_map(domain, group) for group in groups]
+    return [
+        on_group.compose(disk.ranges).to_bytes()
+        for disk in sorted(domain.disks, key=lambda disk: disk.number)
+        for on_group in whole
+    ]
+
+
+def device_ranges(group: Group, runs: Sequence[Run]) -> list[list[tuple[int, int]]]:
+    """For each device of a group, the (offset, length) ranges that ``runs`` have on it."""
+    return [
+        [(run.device_offset, run.length) for run in runs if run.device == device.position]
+        for device in group.devices
+    ]
+
+
+def copy_ranges(disks: Sequence[DiskRecord]) -> list[tuple[int, int, int]]:
+    """What a leg must be given to equal another: (disk number, offset, length) of all that is allotted."""
+    return [(disk.number, 0, sum(part.length for part in disk.ranges)) for disk in disks]

@@ -1,0 +1,62 @@
+"""What the manager says: orders to a domain server, and events to people. Pure."""
+
+from base64 import b64encode
+from collections.abc import Sequence
+from typing import Any
+
+from proxy.extentmap import Run
+from proxy.failover import Transition
+from proxy.label import label_of
+from proxy.manager.maps import device_ranges
+from proxy.model import Group, LegState, Severity
+from proxy.store import NewEvent
+
+
+def device_orders(group: Group, runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The devices of an ``open-leg`` command, in order."""
+    return [
+        {
+            "url": device.url,
+            "label": b64encode(label_of(group, device, map_generation=0).encode()).decode(),
+            "ranges": ranges,
+        }
+        for device, ranges in zip(group.devices, device_ranges(group, runs), strict=True)
+    ]
+
+
+def transition_events(domain: str, transition: Transition) -> list[NewEvent]:
+    """What is worth telling of a new record."""
+    before, after = transition.before, transition.after
+    events = []
+    if transition.is_failover:
+        events.append(
+            NewEvent(
+                Severity.WARNING,
+                "failover",
+                f"domain {domain} failed over from {before.active} to {after.active}: {transition.reason}",
+                domain,
+            )
+        )
+    for old, new in zip(before.legs, after.legs, strict=True):
+        if old.state is new.state:
+            continue
+        if new.state is LegState.OUTDATED and new.group != before.active:
+            events.append(
+                NewEvent(
+                    Severity.WARNING,
+                    "leg-dropped",
+                    f"domain {domain} goes on without {new.group}: {transition.reason}",
+                    domain,
+                )
+            )
+        elif new.state is LegState.SYNCING:
+            events.append(
+                NewEvent(
+                    Severity.INFO, "sync-started", f"domain {domain}: {new.group} is being synced", domain
+                )
+            )
+        elif new.state is LegState.UPTODATE:
+            events.append(
+                NewEvent(Severity.INFO, "synced", f"domain {domain}: {new.group} is up to date", domain)
+            )
+    return events

@@ -1,0 +1,449 @@
+"""What an operator can ask of the manager; the HTTP application is a thin face of this.
+
+Orders that change what domains and groups there are take one lock: two operators cannot allot the
+same space. Orders to one domain take their turn in its supervisor.
+"""
+
+import logging
+import shutil
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from uuid import uuid4
+
+import trio
+
+from proxy.allocator import allot, allot_ranges, grow_ranges, round_up
+from proxy.errors import InvalidError, NotFoundError, RefusedError
+from proxy.failover import Change, LegRecord, Record
+from proxy.manager import groups
+from proxy.manager.session import Order, Session
+from proxy.manager.settings import Settings
+from proxy.manager.supervisor import Supervisor
+from proxy.model import (
+    LEGS_MAX,
+    Desired,
+    Group,
+    LegState,
+    Replication,
+    Severity,
+    check_name,
+    parse_layout,
+)
+from proxy.sizes import format_size, parse_size
+from proxy.store import Change as StoreChange
+from proxy.store import DiskRecord, DomainRecord, NewEvent, Store
+
+log = logging.getLogger("standfast.service")
+
+#: unix(7): a socket's path has at most 108 bytes, the last of them zero.
+SOCKET_PATH_MAX = 107
+#: How long a new domain has to begin to serve before it is taken back.
+CREATE_TIMEOUT_S = 60
+
+
+class Service:
+    """The manager's operations.
+
+    Args:
+        store: the only one on it.
+        settings: of this manager.
+        run: where sockets are.
+    """
+
+    def __init__(self, store: Store, settings: Settings, run: Path) -> None:
+        self.store = store
+        self.settings = settings
+        self.run_directory = run
+        self.supervisors: dict[str, Supervisor] = {}
+        self._nursery: trio.Nursery | None = None
+        self._site = trio.Lock()
+        self._changed = trio.Event()
+        self.version = 0  # counts what an operator could see change
+
+    # --- Life -------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Supervise all domains for as long as the context lasts; then leave them as they are."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            for domain in self.store.domains():
+                if domain.desired is Desired.ONLINE:
+                    self._supervise(domain.domain.name)
+            try:
+                yield
+            finally:
+                with trio.CancelScope(shield=True):
+                    for supervisor in list(self.supervisors.values()):
+                        await supervisor.leave()
+                nursery.cancel_scope.cancel()
+
+    def _supervise(self, name: str) -> Supervisor:
+        assert self._nursery is not None
+        supervisor = Supervisor(
+            name,
+            store=self.store,
+            settings=self.settings,
+            directory=self.run_directory / name,
+            changed=self.note_change,
+        )
+        self.supervisors[name] = supervisor
+        self._nursery.start_soon(supervisor.run)
+        return supervisor
+
+    async def stop_all(self) -> None:
+        """End every domain server, in order."""
+        async with trio.open_nursery() as nursery:
+            for supervisor in self.supervisors.values():
+                nursery.start_soon(supervisor.stop)
+        self.supervisors.clear()
+
+    def note_change(self) -> None:
+        """Something an operator sees may have changed."""
+        self.version += 1
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def wait_change(self, version: int, timeout_s: float) -> None:
+        """Return when ``version`` is past, or after ``timeout_s``."""
+        with trio.move_on_after(timeout_s):
+            while self.version == version:
+                await self._changed.wait()
+
+    def _supervisor(self, name: str) -> Supervisor:
+        self.store.domain(name)  # NotFoundError
+        supervisor = self.supervisors.get(name)
+        if supervisor is None:
+            raise RefusedError(f"domain {name} is in maintenance; start it first")
+        return supervisor
+
+    # --- Groups -----------------------------------------------------------------------------------
+
+    async def create_group(self, name: str, urls: Sequence[str], layout: str, *, force: bool) -> Group:
+        """Make a group of devices, and label them. Raises StandfastError, and then nothing has changed."""
+        async with self._site:
+            parsed = parse_layout(layout)
+            group = await groups.create_group(self.store, name, urls, parsed, force=force, at=time.time())
+            self.note_change()
+            return group
+
+    async def remove_group(self, name: str) -> list[str]:
+        """Forget a group and take the labels off its devices; what could not be reached is returned.
+
+        Raises:
+            NotFoundError, RefusedError: there is none, or a domain uses it.
+        """
+        async with self._site:
+            group = self.store.group(name)
+            self.store.remove_group(name, time.time())
+            self.note_change()
+            return await groups.wipe_labels(group)
+
+    # --- Domains ----------------------------------------------------------------------------------
+
+    async def create_domain(
+        self, name: str, size: str, active: str, backups: Sequence[str], replication: str, listen: str
+    ) -> DomainRecord:
+        """Allot a domain's space on every leg and put it online; its first sync goes on in the background.
+
+        Raises:
+            StandfastError: and then nothing is left of it.
+        """
+        check_name("domain", name)
+        size_bytes = round_up(parse_size(size))
+        self._check_replication(replication)
+        self._check_paths(name)
+        _check_address(listen)
+        names = [active, *backups]
+        if len(set(names)) != len(names):
+            raise InvalidError("a group is named twice; every leg is a group of its own")
+        if len(names) > LEGS_MAX:
+            raise InvalidError(f"{len(names)} legs; a domain has at most {LEGS_MAX}")
+        async with self._site:
+            runs = {
+                group.name: allot(group, self.store.taken(group.name), size_bytes)
+                for group in [self.store.group(one) for one in names]
+            }
+            legs = [
+                LegRecord(active, LegState.UPTODATE),
+                *(LegRecord(one, LegState.SYNCING) for one in backups),
+            ]
+            record = Record(1, active, tuple(legs))
+            self.store.add_domain(
+                name, uuid4(), size_bytes, Replication.SYNC, listen, record, runs, time.time()
+            )
+            supervisor = self._supervise(name)
+            with trio.move_on_after(CREATE_TIMEOUT_S):
+                await supervisor.settled.wait()
+            if supervisor.trouble() or not supervisor.settled.is_set():
+                trouble = supervisor.trouble() or "it did not come up in time"
+                await self._take_away(name)
+                raise RefusedError(f"domain {name} cannot be put online: {trouble}")
+        return self.store.domain(name)
+
+    def _check_replication(self, replication: str) -> None:
+        if replication not in set(Replication):
+            raise InvalidError(f"replication {replication!r} is neither sync nor async")
+        if replication == Replication.ASYNC:
+            raise RefusedError("asynchronous replication is not there yet; use --replication sync")
+
+    def _check_paths(self, name: str) -> None:
+        path = self.run_directory / name / "control.sock~"
+        if len(bytes(path)) > SOCKET_PATH_MAX:
+            raise InvalidError(
+                f"the domain's sockets would have paths of {len(bytes(path))} bytes, such as {path}; the system "
+                f"allows {SOCKET_PATH_MAX}: use a shorter name, or a shorter --run directory"
+            )
+
+    async def _take_away(self, name: str) -> None:
+        supervisor = self.supervisors.pop(name, None)
+        if supervisor is not None:
+            await supervisor.stop()
+        self.store.remove_domain(name, time.time())
+        shutil.rmtree(self.run_directory / name, ignore_errors=True)
+        self.note_change()
+
+    async def remove_domain(self, name: str, *, force: bool) -> None:
+        """End a domain and free its space. Raises RefusedError while clients use it, unless forced."""
+        async with self._site:
+            self.store.domain(name)
+            await self._check_unused(name, force=force)
+            await self._take_away(name)
+
+    async def start_domain(self, name: str) -> None:
+        """Put a domain online again; returns when it serves.
+
+        Raises:
+            RefusedError: it does not come up, and goes on trying.
+        """
+        async with self._site:
+            domain = self.store.domain(name)
+            if name not in self.supervisors:
+                self.store.change(domain.domain.id, StoreChange(desired=Desired.ONLINE), time.time())
+                self._supervise(name)
+                self.note_change()
+        supervisor = self.supervisors[name]
+        await supervisor.settled.wait()
+        if supervisor.trouble():
+            raise RefusedError(f"domain {name} does not serve: {supervisor.trouble()}")
+
+    async def stop_domain(self, name: str, *, force: bool) -> None:
+        """Take a domain offline, for maintenance. Raises RefusedError while clients use it, unless forced."""
+        async with self._site:
+            domain = self.store.domain(name)
+            if name not in self.supervisors:
+                return
+            await self._check_unused(name, force=force)
+            self.store.change(
+                domain.domain.id,
+                StoreChange(
+                    desired=Desired.MAINTENANCE,
+                    events=[NewEvent(Severity.INFO, "maintenance", f"domain {name} was taken offline", name)],
+                ),
+                time.time(),
+            )
+            await self.supervisors.pop(name).stop()
+            self.note_change()
+
+    async def _check_unused(self, name: str, *, force: bool, disk: str | None = None) -> None:
+        supervisor = self.supervisors.get(name)
+        if supervisor is None or force:
+            return
+        status = await supervisor.status()
+        clients = [one for one in (status or {}).get("clients", ()) if disk in (None, one)]
+        if clients:
+            what = f"domain {name}" if disk is None else f"disk {name}/{disk}"
+            used = ", ".join(sorted(set(clients)))
+            raise RefusedError(
+                f"{what} has {len(clients)} clients (disk {used}); end them first, or say --force"
+            )
+
+    async def fail_over(self, name: str, target: str | None) -> DomainRecord:
+        """Change the active leg, as ordered; returns when clients are served from the new one.
+
+        Raises:
+            RefusedError: no leg, or not that one, can take over.
+        """
+        supervisor = self._supervisor(name)
+
+        async def begin(session: Session) -> int:
+            chosen = target or session.machine.successor()
+            if chosen is None:
+                backups = [
+                    leg for leg in session.machine.record.legs if leg.group != session.machine.record.active
+                ]
+                states = ", ".join(f"{leg.group} is {leg.state}" for leg in backups) or "there is none"
+                raise RefusedError(f"domain {name} has no uptodate backup to fail over to: {states}")
+            generation = session.machine.record.generation
+            await session.fail_over(chosen)
+            return generation
+
+        before = await supervisor.do(begin)
+        await self._wait_settled(supervisor, before)
+        return self.store.domain(name)
+
+    async def _wait_settled(self, supervisor: Supervisor, generation: int) -> None:
+        """Return when a transition that began at ``generation`` is over."""
+
+        async def rest(session: Session) -> bool:
+            return session.machine.record.generation > generation
+
+        if not await supervisor.do(rest):
+            raise RefusedError(f"domain {supervisor.name} did not change: {supervisor.trouble()}")
+
+    async def resync(self, name: str, group: str | None) -> list[str]:
+        """Begin to bring outdated legs back, all or the one named; returns which, once they are reached.
+
+        Raises:
+            RefusedError: there is none, or it cannot be reached.
+        """
+        supervisor = self._supervisor(name)
+        record = self.store.domain(name).record
+        if group is not None and group not in {leg.group for leg in record.legs}:
+            raise NotFoundError(f"domain {name} has no leg on a group {group}")
+        wanted = (
+            [leg.group for leg in record.legs if leg.state is LegState.OUTDATED] if group is None else [group]
+        )
+        if not wanted:
+            raise RefusedError(f"domain {name} has no outdated leg; there is nothing to sync")
+
+        async def begin(session: Session) -> list[Order]:
+            return [session.resync(one) for one in wanted]
+
+        for order in await supervisor.do(begin):
+            await order.outcome()
+        return wanted
+
+    # --- Disks ------------------------------------------------------------------------------------
+
+    def disk(self, name: str, disk_name: str) -> DiskRecord:
+        """A disk that clients can use. Raises NotFoundError."""
+        for disk in self.store.domain(name).disks:
+            if disk.name == disk_name and disk.ready:
+                return disk
+        raise NotFoundError(f"there is no disk {name}/{disk_name}")
+
+    async def create_disk(self, name: str, disk_name: str, size: str) -> DiskRecord:
+        """Allot a disk in a domain; returns when it reads as zeroes and clients can use it.
+
+        Raises:
+            StandfastError: and then nothing is left of it.
+        """
+        check_name("disk", disk_name)
+        size_bytes = parse_size(size)
+        supervisor = self._supervisor(name)
+
+        async def allot_space(session: Session) -> DiskRecord:
+            domain = self.store.domain(name)
+            if disk_name in {disk.name for disk in domain.disks}:
+                raise RefusedError(f"there is a disk {name}/{disk_name} already")
+            taken = [part for disk in domain.disks for part in disk.ranges]
+            ranges = allot_ranges(domain.domain.size, taken, size_bytes)
+            number = self.store.next_disk_number(domain.domain.id)
+            disk = DiskRecord(number, disk_name, size_bytes, ranges, ready=False)
+            supervisor.making.add(number)
+            await session.change(Change({}, f"disk {disk_name} is made"), StoreChange(add_disk=disk))
+            return disk
+
+        async def offer(session: Session) -> None:
+            event = NewEvent(Severity.INFO, "disk-created", f"disk {name}/{disk_name} was made", name)
+            domain = self.store.domain(name)
+            change = StoreChange(ready_disk=disk.number, events=[event])
+            self.store.change(domain.domain.id, change, time.time())
+            await session.offer(self.store.domain(name).disks)
+
+        disk = await supervisor.do(allot_space)
+        try:
+            await self._zero(supervisor, disk, 0, _space(disk))
+            await supervisor.do(offer)
+        finally:
+            # If it is not ready by now the session removes it, as after a crash.
+            supervisor.making.discard(disk.number)
+            supervisor.nudge()
+        self.note_change()
+        return replace(disk, ready=True)
+
+    async def _zero(self, supervisor: Supervisor, disk: DiskRecord, offset: int, end: int) -> None:
+        async def begin(session: Session) -> Order:
+            return await session.zero(disk.number, offset, end - offset)
+
+        if offset < end:
+            await (await supervisor.do(begin)).outcome()
+
+    async def resize_disk(self, name: str, disk_name: str, size: str) -> DiskRecord:
+        """Grow a disk; clients see the new size when they connect anew.
+
+        Raises:
+            RefusedError: it would shrink, or there is no room.
+        """
+        size_bytes = parse_size(size)
+        supervisor = self._supervisor(name)
+
+        async def allot_more(session: Session) -> DiskRecord:
+            domain = self.store.domain(name)
+            disk = self.disk(name, disk_name)
+            if size_bytes < disk.size:
+                raise RefusedError(
+                    f"disk {name}/{disk_name} has {format_size(disk.size)}; it cannot shrink to "
+                    f"{format_size(size_bytes)}, which would lose what is at its end"
+                )
+            taken = [part for other in domain.disks if other.number != disk.number for part in other.ranges]
+            ranges = grow_ranges(domain.domain.size, taken, disk.ranges, size_bytes)
+            if ranges != disk.ranges:
+                larger = replace(disk, ranges=ranges)
+                await session.change(
+                    Change({}, f"disk {disk_name} gets more space"), StoreChange(resize_disk=larger)
+                )
+            return replace(disk, ranges=ranges)
+
+        async def show(session: Session) -> None:
+            event = NewEvent(
+                Severity.INFO,
+                "disk-resized",
+                f"disk {name}/{disk_name} has {format_size(size_bytes)} now",
+                name,
+            )
+            grown = replace(disk, size=size_bytes)
+            await session.change(
+                Change({}, f"disk {disk_name} grows"), StoreChange(resize_disk=grown, events=[event])
+            )
+
+        disk = await supervisor.do(allot_more)
+        # All beyond the old end, since an earlier attempt may have allotted it and not zeroed it.
+        await self._zero(supervisor, disk, round_up(disk.size), _space(disk))
+        await supervisor.do(show)
+        self.note_change()
+        return self.disk(name, disk_name)
+
+    async def remove_disk(self, name: str, disk_name: str, *, force: bool) -> None:
+        """Remove a disk and what is on it. Raises RefusedError while clients use it, unless forced."""
+        disk = self.disk(name, disk_name)
+        supervisor = self._supervisor(name)
+        await self._check_unused(name, force=force, disk=disk_name)
+
+        async def remove(session: Session) -> None:
+            event = NewEvent(Severity.INFO, "disk-removed", f"disk {name}/{disk_name} was removed", name)
+            await session.change(
+                Change({}, f"disk {disk_name} is removed"),
+                StoreChange(remove_disk=disk.number, events=[event]),
+            )
+
+        await supervisor.do(remove)
+        self.note_change()
+
+
+def _space(disk: DiskRecord) -> int:
+    """Bytes allotted to a disk; at least its size."""
+    return sum(part.length for part in disk.ranges)
+
+
+def _check_address(listen: str) -> None:
+    """Raise InvalidError unless ``listen`` is empty or HOST:PORT."""
+    if not listen:
+        return
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise InvalidError(f"listen address {listen!r} is not HOST:PORT, such as 127.0.0.1:10809")

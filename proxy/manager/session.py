@@ -1,0 +1,557 @@
+"""The manager's dealings with one domain server, from its start or adoption until it is gone.
+
+One queue, one thing at a time: what the server told, a leg that was opened, an operator's order, the
+clock. The machine (``proxy.failover``) says what follows and ``_carry_out`` does it, in order.
+"""
+
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Set
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import trio
+
+from proxy.errors import RefusedError, StoreError
+from proxy.failover import (
+    Adopted,
+    Change,
+    Drained,
+    Effect,
+    Evidence,
+    EvidenceKind,
+    Failover,
+    Fence,
+    Hold,
+    Input,
+    Install,
+    Installed,
+    LegLost,
+    LegReturned,
+    MakeDurable,
+    Ordered,
+    Phase,
+    Record,
+    Recorded,
+    RecordFailed,
+    RejectParked,
+    Release,
+    RetryRecord,
+    Started,
+    Stuck,
+    Transition,
+)
+from proxy.manager import maps, messages
+from proxy.manager.legs import Leg, Legs, evidence_of, is_evidence, is_remote
+from proxy.manager.link import CommandError, Link, ServerGoneError
+from proxy.manager.settings import Settings
+from proxy.model import FailoverReceipt, Group, LegState, Severity
+from proxy.store import Change as StoreChange
+from proxy.store import DiskRecord, NewEvent, Store
+
+log = logging.getLogger("standfast.session")
+
+
+@dataclass(slots=True)
+class Order:
+    """An operator's order, carried out in its turn. ``work`` runs with nothing else under way."""
+
+    work: Callable[["Session"], Awaitable[Any]]
+    begun: bool = False
+    done: trio.Event = field(default_factory=trio.Event)
+    result: Any = None
+    error: Exception | None = None
+
+    def finish(self, error: Exception | None = None) -> None:
+        """Tell whoever waits for it."""
+        self.error = error
+        self.done.set()
+
+    async def outcome(self) -> None:
+        """Return when it is done; raise what it failed with."""
+        await self.done.wait()
+        if self.error is not None:
+            raise self.error
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An attempt to open a leg has ended."""
+
+    group: str
+    result: Leg | Evidence
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What the domain server told; None: it has ended. ``link`` says which one's word it is."""
+
+    link: Link
+    event: dict[str, Any] | None
+
+
+Item = Order | Opened | Told
+
+
+class Session:
+    """See the module.
+
+    Args:
+        name: the domain's.
+        store, settings: the manager's.
+        link: to the domain server; its ``run`` is somebody else's.
+        nursery: for openings in the background.
+        post, queue: both ends of the domain's queue, which outlives this session.
+        making: numbers of disks that somebody is making.
+        changed: called when what an operator sees may have changed.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        store: Store,
+        settings: Settings,
+        link: Link,
+        nursery: trio.Nursery,
+        post: trio.MemorySendChannel[Item],
+        queue: trio.MemoryReceiveChannel[Item],
+        making: Set[int],
+        changed: Callable[[], None],
+    ) -> None:
+        self.name = name
+        self.link = link
+        self.store = store
+        self.machine = Failover(store.domain(name).record)
+        self.legs = Legs(link, settings)
+        self.stuck = ""
+        self._making = making
+        self._settings = settings
+        self._nursery = nursery
+        self._post = post
+        self._queue = queue
+        self._changed = changed
+        self._postponed: deque[Order] = deque()
+        self._resyncs: dict[str, Order] = {}
+        self._zeroing: dict[int, Order] = {}
+        self._hold_number = 0
+        self._unsettled: int | None = None
+        self._with_record = StoreChange()  # what goes into the transaction of the next record
+        self._store_error = ""
+
+    # --- The beginning ----------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Give a blank domain server its legs and its first map."""
+        domain = self.store.domain(self.name)
+        groups = self._groups()
+        lost: dict[str, Evidence] = {}
+
+        async def open_one(group: str) -> None:
+            result = await self.legs.connect(groups[group], domain.runs[group], fresh=False)
+            if isinstance(result, Leg):
+                self.legs.open[group] = result
+            else:
+                lost[group] = result
+
+        async with trio.open_nursery() as nursery:
+            for group in domain.record.attached():
+                nursery.start_soon(open_one, group)
+        if self.link.gone.is_set():
+            raise ServerGoneError("it has ended")
+        if domain.session_open:
+            self.tell(
+                Severity.WARNING,
+                "unclean",
+                f"domain {self.name} did not end cleanly; its backups are synced again from its active leg",
+            )
+            for leg in domain.record.legs:
+                self.legs.suspect(groups[leg.group])
+            remote = [group for group, leg in self.legs.open.items() if is_remote(leg.group)]
+            if remote:
+                await trio.sleep(self._settings.quarantine_s)
+                for group in remote:
+                    self.legs.trust(group)
+        if domain.domain.listen:
+            await self.link.call("listen", address=domain.domain.listen)
+        await self._feed(Started(lost, unclean=domain.session_open))
+
+    async def adopt(self) -> None:
+        """Take over a domain server that a manager before us had."""
+        groups = self._groups()
+        hello = await self.link.call("hello")
+        status = await self.link.call("status")
+        lost: dict[str, Evidence] = {}
+        for text, found in hello["legs"].items():
+            leg = self.legs.adopt(int(text), groups[found["group"]], found)
+            leg.copying = status["legs"][text]["copy"] is not None
+            if found["drained"]:
+                await self.legs.drained(leg.number, found["unproven"])
+            if found["against"] and not found["fenced"]:
+                lost[leg.group.name] = evidence_of(leg, found["against"])
+        for record in self.machine.record.legs:
+            if record.group not in self.legs.open:
+                self.legs.suspect(groups[record.group])  # how it was lost is not known to us
+        self.tell(Severity.INFO, "adopted", f"domain {self.name} was found running and is supervised again")
+        await self._feed(Adopted(lost, frozenset(self.legs.open), hello["held"], hello["generation"]))
+
+    def _groups(self) -> dict[str, Group]:
+        return {group.name: group for group in self.store.groups()}
+
+    # --- The queue --------------------------------------------------------------------------------
+
+    async def work(self, settled: Callable[[], None]) -> None:
+        """Take one thing at a time, until ServerGoneError says that this was the last.
+
+        ``settled`` is called whenever the domain has come to rest, serving or held.
+        """
+        while True:
+            await self._reconcile()
+            if self.machine.phase in (Phase.SERVING, Phase.HELD):
+                settled()
+            self._changed()
+            item = await self._next()
+            if item is None:
+                if self.machine.phase is Phase.UNRECORDED:
+                    await self._feed(RetryRecord())
+            elif isinstance(item, Order):
+                await self._take_order(item)
+            elif isinstance(item, Opened):
+                self._take_opened(item)
+            elif item.link is self.link:
+                if item.event is None:
+                    raise ServerGoneError("it has ended")
+                await self._take_event(item.event)
+
+    def close(self) -> None:
+        """The server is gone: nobody need wait for what only it could have done."""
+        error = RefusedError(f"the domain server of {self.name} ended meanwhile; try again")
+        for order in [*self._resyncs.values(), *self._zeroing.values()]:
+            order.finish(error)
+        for order in self._postponed:
+            self._post.send_nowait(order)
+
+    async def _next(self) -> Item | None:
+        """The next thing, or None when it is only time to look again."""
+        if self._postponed and self.machine.phase in (Phase.SERVING, Phase.HELD):
+            return self._postponed.popleft()
+        with trio.move_on_after(self._settings.reopen_interval_s if self._is_waiting() else math.inf):
+            return await self._queue.receive()
+        return None
+
+    def _is_waiting(self) -> bool:
+        """Whether something is to be looked at again although nobody will tell."""
+        return (
+            self.machine.phase in (Phase.HELD, Phase.UNRECORDED)
+            or bool(self._resyncs)
+            or any(leg.copied for leg in self.legs.open.values())
+            or any(
+                leg.state is LegState.SYNCING and not self.legs.open[leg.group].copying
+                for leg in self.machine.record.legs
+                if leg.group in self.legs.open
+            )
+        )
+
+    async def _take_order(self, order: Order) -> None:
+        if order.done.is_set():
+            return  # withdrawn
+        if self.machine.phase not in (Phase.SERVING, Phase.HELD):
+            self._postponed.append(order)
+            return
+        order.begun = True
+        try:
+            order.result = await order.work(self)
+        except (RefusedError, StoreError) as error:
+            order.finish(error)
+        except CommandError as error:
+            order.finish(RefusedError(str(error)))
+        except ServerGoneError as error:
+            order.finish(RefusedError(f"the domain server of {self.name} ended meanwhile; try again"))
+            raise error
+        else:
+            order.finish()
+
+    def _take_opened(self, opened: Opened) -> None:
+        self.legs.opened(opened.group, opened.result)
+        if isinstance(opened.result, Leg):
+            return
+        if opened.group in self.machine.lost:
+            self.machine.lost[opened.group] = opened.result
+        if opened.group in self._resyncs:
+            self._resyncs.pop(opened.group).finish(
+                RefusedError(f"{opened.group} cannot be synced: {opened.result}")
+            )
+
+    async def _take_event(self, event: dict[str, Any]) -> None:
+        kind = event["kind"]
+        leg = self.legs.by_number(event.get("leg", 0))
+        if is_evidence(event):
+            if leg is not None:
+                await self._take_evidence(leg, event)
+        elif kind == "DRAINED":
+            if event["a"] == self._hold_number:
+                await self._feed(Drained())
+        elif kind == "LEG_DRAINED":
+            await self.legs.drained(event["leg"], event["a"])
+        elif kind == "LEG_CLOSED":
+            self.legs.closed(event["leg"])
+        elif kind == "COPIED":
+            if leg is not None:
+                leg.copying, leg.copied = False, event["code"] == 0
+        elif kind == "REPLAYED":
+            self._settle_failover(event["a"], event["b"])
+        elif kind == "ZEROED" and event["disk"] in self._zeroing:
+            code = event["code"]
+            failed = RefusedError(f"the disk's space could not be zeroed (error {code})") if code else None
+            self._zeroing.pop(event["disk"]).finish(failed)
+
+    async def _take_evidence(self, leg: Leg, event: dict[str, Any]) -> None:
+        group = leg.group.name
+        in_use = group in self.machine.record.attached() and group not in self.machine.lost
+        if leg.fresh_at is not None and not in_use:
+            await self.legs.discard(leg)  # opened again, and lost again before it was of any use
+        else:
+            await self._feed(LegLost(group, evidence_of(leg, event)))
+
+    def _settle_failover(self, replayed: int, longest_ns: int) -> None:
+        if self._unsettled is None:
+            return
+        domain = self.store.domain(self.name).domain
+        try:
+            self.store.settle_failover(domain.id, self._unsettled, longest_ns / 1e6, replayed)
+        except StoreError as error:
+            log.warning("domain %s: what clients felt of the failover is not recorded: %s", self.name, error)
+        self._unsettled = None
+
+    # --- The machine ------------------------------------------------------------------------------
+
+    async def _feed(self, event: Input) -> None:
+        """Give the machine an input, and carry out what it says and what follows from that."""
+        inputs: deque[Input] = deque([event])
+        while inputs:
+            for effect in self.machine.receive(inputs.popleft()):
+                try:
+                    answer = await self._carry_out(effect)
+                except CommandError as error:
+                    # What the server has and has not done is not known any more.
+                    raise ServerGoneError(f"it does not obey: {error}") from error
+                if answer is not None:
+                    inputs.append(answer)
+        self._changed()
+
+    async def _carry_out(self, effect: Effect) -> Input | None:
+        match effect:
+            case Hold():
+                self._hold_number = await self.link.call("hold")
+            case Fence(group):
+                await self.legs.fence(group)
+            case MakeDurable(transition):
+                return self._make_durable(transition)
+            case Install(record):
+                await self._install(record)
+                return Installed()
+            case Release():
+                self.stuck = ""
+                await self.link.call("release")
+            case RejectParked():
+                await self.link.call("reject-parked")
+            case Stuck(reason):
+                if reason != self.stuck:
+                    self.stuck = reason
+                    self.tell(Severity.ERROR, "held", f"domain {self.name} is held: {reason}")
+        return None
+
+    def _make_durable(self, transition: Transition) -> Input:
+        now = time.time()
+        receipt = None
+        if transition.is_failover:
+            receipt = FailoverReceipt(
+                transition.after.generation,
+                now,
+                transition.reason,
+                transition.before.active,
+                transition.after.active,
+            )
+        change = replace(
+            self._with_record,
+            record=transition.after,
+            session_open=True,
+            failover=receipt,
+            events=[*self._with_record.events, *messages.transition_events(self.name, transition)],
+        )
+        try:
+            self.store.change(self.store.domain(self.name).domain.id, change, now)
+        except StoreError as error:
+            self._store_error = str(error)
+            return RecordFailed(str(error))
+        self._with_record = StoreChange()
+        if receipt is not None:
+            self._unsettled = receipt.generation
+        return Recorded()
+
+    async def _install(self, record: Record) -> None:
+        domain = self.store.domain(self.name)
+        legs = [self.legs.open[group] for group in record.attached()]
+        encoded = maps.disk_maps(domain, [leg.group for leg in legs])
+        await self.link.call(
+            "install",
+            generation=record.generation,
+            legs=[{"leg": leg.number, "role": maps.leg_role(record, leg.group.name)} for leg in legs],
+            disks=maps.disk_messages(domain.disks),
+            map_bytes=[len(one) for one in encoded],
+            payload=b"".join(encoded),
+        )
+
+    # --- What should be, and is not yet -----------------------------------------------------------
+
+    async def _reconcile(self) -> None:
+        """Bring lost legs back to a held domain, sync what is to be synced, tidy up."""
+        if self.machine.phase is Phase.HELD:
+            await self._reopen_lost()
+        if self.machine.phase is Phase.SERVING:
+            await self._advance_resyncs()
+        if self.machine.phase is Phase.SERVING:
+            await self._advance_copies()
+        if self.machine.phase is Phase.SERVING:
+            await self._remove_half_made()
+
+    def _begin_open(self, group: str) -> None:
+        """Open a leg while the queue goes on: a hung device must not keep a failover waiting."""
+        if self.legs.may_open(group):
+            self._nursery.start_soon(self._open, group)
+
+    async def _open(self, group: str) -> None:
+        runs = self.store.domain(self.name).runs[group]
+        result = await self.legs.connect(self._groups()[group], runs, fresh=True)
+        self._post.send_nowait(Opened(group, result))
+
+    async def _reopen_lost(self) -> None:
+        for group, evidence in list(self.machine.lost.items()):
+            leg = self.legs.open.get(group)
+            if leg is None:
+                self._begin_open(group)
+            elif leg.fresh_at is None:
+                # What only is late may still answer; what is gone has to be opened anew.
+                if evidence.kind is not EvidenceKind.DEADLINE:
+                    await self.legs.discard(leg)
+            elif self.legs.trusted(leg):
+                leg.fresh_at = None
+                await self._feed(LegReturned(group))
+                return
+
+    async def _advance_resyncs(self) -> None:
+        for group, order in list(self._resyncs.items()):
+            leg = self.legs.open.get(group)
+            if leg is None:
+                self._begin_open(group)
+            elif self.legs.trusted(leg):
+                del self._resyncs[group]
+                leg.fresh_at = None
+                try:
+                    await self.change(Change({group: LegState.SYNCING}, f"resync of {group}"), StoreChange())
+                except StoreError as error:
+                    order.finish(error)
+                else:
+                    order.finish()
+                return
+
+    async def _advance_copies(self) -> None:
+        for record in self.machine.record.legs:
+            leg = self.legs.open.get(record.group)
+            if record.state is not LegState.SYNCING or leg is None or leg.copying:
+                continue
+            if not leg.copied:
+                disks = self.store.domain(self.name).disks
+                await self.link.call("copy", leg=leg.number, ranges=maps.copy_ranges(disks))
+                leg.copying = True
+                continue
+            leg.copied = False
+            try:
+                await self.change(
+                    Change({record.group: LegState.UPTODATE}, f"{record.group} is synced"), StoreChange()
+                )
+            except StoreError as error:
+                leg.copied = True  # tried again when the clock says so
+                log.warning("domain %s: %s", self.name, error)
+            return
+
+    async def _remove_half_made(self) -> None:
+        """Remove a disk whose making was cut short by a crash; nobody has ever seen it."""
+        for disk in self.store.domain(self.name).disks:
+            if not disk.ready and disk.number not in self._making:
+                reason = f"half-made disk {disk.name} is removed"
+                await self.change(Change({}, reason), StoreChange(remove_disk=disk.number))
+                return
+
+    # --- What orders are made of ------------------------------------------------------------------
+
+    def need_serving(self) -> None:
+        """Raise RefusedError unless clients are being served."""
+        if self.machine.phase is not Phase.SERVING:
+            raise RefusedError(f"domain {self.name} is held: {self.stuck}")
+
+    async def change(self, change: Change, store_change: StoreChange) -> None:
+        """A new record without a failover, with ``store_change`` in the same transaction.
+
+        Raises:
+            RefusedError: the domain is held.
+            StoreError: it could not be made durable; nothing has changed.
+        """
+        self.need_serving()
+        before = self.machine.record.generation
+        self._with_record = store_change
+        try:
+            await self._feed(change)
+        finally:
+            self._with_record = StoreChange()
+        if self.machine.record.generation == before:
+            raise StoreError(self._store_error)
+
+    async def fail_over(self, target: str) -> None:
+        """Begin a failover to ``target``. Raises RefusedError."""
+        await self._feed(Ordered(target))
+
+    def resync(self, group: str) -> Order:
+        """Bring an outdated leg back; the answer is done when its copy is about to begin.
+
+        Raises:
+            RefusedError: it is not outdated, or the domain is held.
+        """
+        self.need_serving()
+        state = self.machine.record.leg(group).state
+        if state is not LegState.OUTDATED:
+            raise RefusedError(
+                f"group {group} is {state} in domain {self.name}; only an outdated leg is synced"
+            )
+        if group in self._resyncs:
+            raise RefusedError(f"group {group} is about to be synced already")
+        self._resyncs[group] = Order(nothing)
+        return self._resyncs[group]
+
+    async def zero(self, disk: int, offset: int, length: int) -> Order:
+        """Begin to zero part of a disk on every leg; the answer is done when all of it is."""
+        order = self._zeroing[disk] = Order(nothing)
+        try:
+            await self.link.call("zero", disk=disk, offset=offset, length=length)
+        except BaseException:
+            del self._zeroing[disk]
+            raise
+        return order
+
+    async def offer(self, disks: tuple[DiskRecord, ...]) -> None:
+        """Offer clients the disks that are ready, and no others."""
+        await self.link.call("exports", disks=maps.disk_messages(disks))
+
+    def tell(self, severity: Severity, kind: str, message: str) -> None:
+        """Record an event that goes with no other change; a full disk must not stop anything here."""
+        log.info("%s", message)
+        try:
+            self.store.add_events([NewEvent(severity, kind, message, self.name)], time.time())
+        except StoreError as error:
+            log.warning("event not recorded: %s", error)
+
+
+async def nothing(session: Session) -> None:
+    """The work of an order that something else finishes."""

@@ -1,0 +1,57 @@
+"""What an operator can set for a whole manager, from a TOML file (``standfast serve --config FILE``)."""
+
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from proxy.errors import InvalidError
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Times, each with the reason for its default.
+
+    Attributes:
+        deadline_ms: how long a device may take for one operation before it counts as failed. A
+            guest's disk gives up after 30 s and its file system notices nothing below; a healthy
+            device, even a busy one, answers in less than a second.
+        quarantine_s: how long a server whose connection broke with writes in flight is left alone
+            after it can be reached again, before anything is written to it: NBD gives no proof
+            that such writes are done with, so they are given time to be. A server alive enough to
+            accept a connection has long worked off what it had received.
+        reopen_interval_s: how often a held domain tries to reach its lost devices again.
+    """
+
+    deadline_ms: int = 5000
+    quarantine_s: float = 3.0
+    reopen_interval_s: float = 1.0
+
+
+_LIMITS = {"deadline_ms": (10, 600_000), "quarantine_s": (0, 3600), "reopen_interval_s": (0.05, 3600)}
+
+
+def load_settings(path: Path | None) -> Settings:
+    """The settings in a file; defaults for what it does not name.
+
+    Raises:
+        InvalidError: it cannot be read, is no TOML, or sets something unknown or out of range.
+    """
+    if path is None:
+        return Settings()
+    try:
+        given = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise InvalidError(f"config file {path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidError(f"config file {path} is not TOML: {error}") from None
+    known = {field.name: field.type for field in fields(Settings)}
+    for name, value in given.items():
+        if name not in known:
+            raise InvalidError(f"config file {path}: unknown setting {name}; known are {', '.join(known)}")
+        low, high = _LIMITS[name]
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not (whole or (known[name] is float and isinstance(value, float))) or not low <= value <= high:
+            raise InvalidError(
+                f"config file {path}: {name} must be a number from {low} to {high}, not {value!r}"
+            )
+    return Settings(**given)

@@ -1,0 +1,243 @@
+"""One task for one domain: there is a domain server for as long as there should be, and it is dealt with.
+
+``run`` starts a server or adopts the one that runs, has a ``session`` with it, and begins again when it is
+gone. Orders of operators come in by ``do`` and are carried out in the session's turn.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import trio
+
+from proxy.errors import RefusedError, StandfastError, StoreError
+from proxy.manager import process
+from proxy.manager.link import CommandError, Link, ServerGoneError
+from proxy.manager.session import Item, Order, Session, Told, nothing
+from proxy.manager.settings import Settings
+from proxy.model import DomainState, LegState, Severity
+from proxy.store import Change, NewEvent, Store
+
+log = logging.getLogger("standfast.supervisor")
+
+#: Between two starts of a domain server that ends by itself: doubled each time, up to the last.
+RESTART_FIRST_S = 0.1
+RESTART_LAST_S = 10.0
+#: A server that has lived this long is not ending in a loop.
+RESTART_FORGET_S = 60.0
+#: How long an order waits for its turn.
+ORDER_PATIENCE_S = 30.0
+
+T = TypeVar("T")
+
+
+class Supervisor:
+    """The supervisor of one domain.
+
+    Args:
+        name: of the domain, which is in the store.
+        store, settings: the manager's.
+        directory: where the domain server has its sockets.
+        changed: called when what an operator sees may have changed.
+    """
+
+    def __init__(
+        self, name: str, *, store: Store, settings: Settings, directory: Path, changed: Callable[[], None]
+    ) -> None:
+        self.name = name
+        self.directory = directory
+        self.settled = trio.Event()  # the first start has come to an end, good or bad
+        self.ended = trio.Event()
+        self.failure = ""  # why there is no domain server
+        self.making: set[int] = set()  # numbers of disks that somebody is making
+        self._store = store
+        self._settings = settings
+        self._changed = changed
+        self._session: Session | None = None
+        self._scope = trio.CancelScope()
+        # Unbounded: what fills it is bounded by what there is to tell, and its one reader never blocks on it.
+        self._post, self._queue = trio.open_memory_channel[Item](math.inf)
+        self._stopping = False
+
+    # --- What others may ask ----------------------------------------------------------------------
+
+    def state(self) -> DomainState:
+        """What an operator is shown."""
+        if self._session is None:
+            return DomainState.FAILED if self.failure else DomainState.HELD
+        if self._session.machine.is_held:
+            return DomainState.HELD
+        record = self._session.machine.record
+        backups = [leg for leg in record.legs if leg.group != record.active]
+        if backups and not any(leg.state is LegState.UPTODATE for leg in backups):
+            return DomainState.DEGRADED
+        return DomainState.ONLINE
+
+    def trouble(self) -> str:
+        """Why clients wait, in one line; empty when they do not."""
+        if self._session is None:
+            return self.failure or "the domain server is being started"
+        return self._session.stuck
+
+    def lost(self) -> Mapping[str, str]:
+        """What speaks against legs that are attached, by group."""
+        return {} if self._session is None else {g: str(e) for g, e in self._session.machine.lost.items()}
+
+    def leg_numbers(self) -> Mapping[str, int]:
+        """The domain server's ids of the legs that are open, by group."""
+        return {} if self._session is None else {g: leg.number for g, leg in self._session.legs.open.items()}
+
+    async def status(self) -> dict[str, Any] | None:
+        """What the domain server says of itself; None when there is none."""
+        if self._session is None:
+            return None
+        try:
+            status: dict[str, Any] = await self._session.link.call("status")
+            return status
+        except ServerGoneError:
+            return None
+
+    async def do(self, work: Callable[[Session], Awaitable[T]]) -> T:
+        """Carry out ``work`` when it is its turn and nothing else of this domain is under way.
+
+        Raises:
+            RefusedError: the turn did not come in time; or what ``work`` raised.
+        """
+        order = Order(work)
+        self._post.send_nowait(order)
+        with trio.move_on_after(ORDER_PATIENCE_S):
+            await order.done.wait()
+        if order.begun:
+            await order.done.wait()
+        elif not order.done.is_set():
+            order.finish()  # withdrawn
+            raise RefusedError(f"domain {self.name} is {self.state()}: {self.trouble() or 'busy'}")
+        await order.outcome()
+        result: T = order.result
+        return result
+
+    def nudge(self) -> None:
+        """Have the session look again at what should be and is not yet."""
+        self._post.send_nowait(Order(nothing))
+
+    # --- Life -------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Keep the domain served until ``stop`` or ``leave``."""
+        pause_s = RESTART_FIRST_S
+        try:
+            with self._scope:
+                while not self._stopping:
+                    began = trio.current_time()
+                    try:
+                        await self._serve()
+                    except (ServerGoneError, CommandError, process.StartError, StoreError) as error:
+                        if not self._stopping:
+                            self._fail(error)
+                    if trio.current_time() - began > RESTART_FORGET_S:
+                        pause_s = RESTART_FIRST_S
+                    if not self._stopping:
+                        await trio.sleep(pause_s)
+                    pause_s = min(2 * pause_s, RESTART_LAST_S)
+        finally:
+            self.ended.set()
+
+    def _fail(self, error: StandfastError) -> None:
+        self.failure = str(error)
+        message = f"the domain server of {self.name} is gone: {error}"
+        log.warning("%s", message)
+        with suppress(StoreError):
+            self._store.add_events(
+                [NewEvent(Severity.ERROR, "server-ended", message, self.name)], time.time()
+            )
+        self.settled.set()
+        self._changed()
+
+    async def _serve(self) -> None:
+        """One domain server, until it is gone."""
+        running = process.find(self.directory)
+        adopted = running is not None
+        if running is None:
+            running = process.start(self.name, self.directory, deadline_ms=self._settings.deadline_ms)
+        try:
+            link = await self._connect(running)
+            error = await self._deal(link, adopted=adopted)
+            if not isinstance(error, StoreError):
+                # If it lives it did not do as told, and what it has done is not known. (With a store that
+                # fails it lives and serves on, and is adopted when the store is well again.)
+                running.kill()
+                await running.wait_gone()
+            raise error
+        finally:
+            running.close()
+
+    async def _connect(self, running: process.Process) -> Link:
+        with trio.move_on_after(process.START_TIMEOUT_S):
+            while not running.has_ended():
+                try:
+                    return await Link.connect(self.directory / "control.sock")
+                except OSError:
+                    await trio.sleep(0.01)  # nothing tells when a socket comes to be
+        running.kill()
+        raise process.StartError(f"it did not come up: {process.last_words(self.directory)}")
+
+    async def _deal(self, link: Link, *, adopted: bool) -> StandfastError:
+        """Deal with a server until it is gone; why it is."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(link.run)
+            nursery.start_soon(self._listen, link)
+            try:
+                session = self._session = Session(
+                    self.name,
+                    store=self._store,
+                    settings=self._settings,
+                    link=link,
+                    nursery=nursery,
+                    post=self._post,
+                    queue=self._queue,
+                    making=self.making,
+                    changed=self._changed,
+                )
+                try:
+                    await (session.adopt() if adopted else session.start())
+                    self.failure = ""
+                    await session.work(self.settled.set)
+                finally:
+                    self._session = None
+                    session.close()
+            except (ServerGoneError, CommandError, StoreError) as error:
+                nursery.cancel_scope.cancel()
+                return error
+        raise AssertionError("a session ends only with the server")
+
+    async def _listen(self, link: Link) -> None:
+        async for event in link.events:
+            self._post.send_nowait(Told(link, event))
+        self._post.send_nowait(Told(link, None))
+
+    async def stop(self) -> bool:
+        """End the domain server and this supervisor; True when all that was acknowledged is on every leg."""
+        self._stopping = True
+        clean = False
+        if self._session is not None:
+            link = self._session.link
+            with suppress(ServerGoneError, CommandError):
+                clean = (await link.call("stop"))["clean"]
+            await link.gone.wait()
+        else:
+            self._scope.cancel()
+        await self.ended.wait()
+        if clean:
+            domain = self._store.domain(self.name).domain
+            self._store.change(domain.id, Change(session_open=False), time.time())
+        return clean
+
+    async def leave(self) -> None:
+        """End this supervisor and let the domain server serve on."""
+        self._stopping = True
+        self._scope.cancel()
+        await self.ended.wait()

@@ -1,0 +1,178 @@
+"""What operators are shown: records and running state as JSON objects. The contract of ``--json``."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from proxy.allocator import free_size
+from proxy.failover import LegRecord
+from proxy.manager.maps import copy_ranges, domain_map
+from proxy.manager.service import Service
+from proxy.model import DomainState, Event, FailoverReceipt, Group, LegState, Role
+from proxy.store import DiskRecord, DomainRecord
+
+#: Of one map in one answer: enough to see its shape; a striped map has a million.
+EXTENTS_SHOWN = 64
+
+
+def instant(at: float) -> str:
+    """A time for people and programs, UTC, to the millisecond."""
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
+
+
+def group_view(service: Service, group: Group) -> dict[str, Any]:
+    """A group with its devices and its users."""
+    taken = service.store.taken(group.name)
+    users = [one.domain.name for one in service.store.domains() if group.name in one.runs]
+    return {
+        "name": group.name,
+        "uuid": str(group.uuid),
+        "layout": str(group.layout),
+        "size": sum(device.size - device.data_offset for device in group.devices),
+        "free": free_size(group, taken),
+        "domains": users,
+        "devices": [
+            {
+                "position": device.position,
+                "uuid": str(device.uuid),
+                "url": device.url,
+                "size": device.size,
+                "data_offset": device.data_offset,
+            }
+            for device in group.devices
+        ],
+    }
+
+
+def domain_state(service: Service, domain: DomainRecord) -> DomainState:
+    """The state of a domain as a whole."""
+    supervisor = service.supervisors.get(domain.domain.name)
+    return DomainState.MAINTENANCE if supervisor is None else supervisor.state()
+
+
+def domain_summary(service: Service, domain: DomainRecord) -> dict[str, Any]:
+    """A line of the list of domains; asks nobody."""
+    return {
+        "name": domain.domain.name,
+        "state": domain_state(service, domain),
+        "size": domain.domain.size,
+        "map_generation": domain.record.generation,
+        "active": domain.record.active,
+        "legs": [
+            {"group": leg.group, "role": _role(domain, leg), "state": leg.state, "blocked": leg.blocked}
+            for leg in domain.record.legs
+        ],
+        "disks": sum(disk.ready for disk in domain.disks),
+    }
+
+
+async def domain_view(service: Service, domain: DomainRecord) -> dict[str, Any]:
+    """Everything about a domain."""
+    name = domain.domain.name
+    supervisor = service.supervisors.get(name)
+    status = await supervisor.status() if supervisor is not None else None
+    groups = {group.name: group for group in service.store.groups()}
+    return {
+        **domain_summary(service, domain),
+        "uuid": str(domain.domain.uuid),
+        "replication": domain.domain.replication,
+        "address": str(service.run_directory / name / "nbd.sock"),
+        "listen": domain.domain.listen or None,
+        "trouble": supervisor.trouble() if supervisor is not None else "",
+        "legs": [_leg_view(service, domain, leg, groups[leg.group], status) for leg in domain.record.legs],
+        "clients": len(status["clients"]) if status else 0,
+        "disks": [
+            disk_view(service.run_directory, domain, disk, status) for disk in domain.disks if disk.ready
+        ],
+        "statistics": status["statistics"] if status else None,
+        "last_failover": _receipt_view(domain.last_failover),
+    }
+
+
+def _role(domain: DomainRecord, leg: LegRecord) -> Role:
+    return Role.ACTIVE if leg.group == domain.record.active else Role.BACKUP
+
+
+def _leg_view(
+    service: Service, domain: DomainRecord, leg: LegRecord, group: Group, status: dict[str, Any] | None
+) -> dict[str, Any]:
+    supervisor = service.supervisors.get(domain.domain.name)
+    numbers = supervisor.leg_numbers() if supervisor is not None else {}
+    lost = supervisor.lost() if supervisor is not None else {}
+    served = status["legs"].get(str(numbers.get(leg.group))) if status else None
+    extents = domain_map(domain, group)
+    allotted = sum(length for _, _, length in copy_ranges(domain.disks))
+    copied, total = served["copy"] if served and served["copy"] else (0, allotted)
+    state = LegState.FAILED if leg.group in lost and leg.state is not LegState.OUTDATED else leg.state
+    return {
+        "group": leg.group,
+        "role": _role(domain, leg),
+        "state": state,
+        "blocked": leg.blocked,
+        "reason": lost.get(leg.group),
+        # Without a record of what it missed, all that is allotted has to be taken for different.
+        "dirty_bytes": 0 if leg.state is LegState.UPTODATE else total - copied,
+        "sync": {"copied": copied, "total": total} if leg.state is LegState.SYNCING else None,
+        "devices": [
+            {
+                "position": device.position,
+                "url": device.url,
+                "size": device.size,
+                **(served["devices"][device.position] if served else {}),
+            }
+            for device in group.devices
+        ],
+        "extent_count": len(extents),
+        "extents": [
+            {
+                "offset": extent.offset,
+                "length": extent.length,
+                "device": extent.device,
+                "device_offset": extent.device_offset,
+            }
+            for extent, _ in zip(extents, range(EXTENTS_SHOWN), strict=False)
+        ],
+    }
+
+
+def _receipt_view(receipt: FailoverReceipt | None) -> dict[str, Any] | None:
+    if receipt is None:
+        return None
+    return {
+        "at": instant(receipt.at),
+        "reason": receipt.reason,
+        "stall_ms": receipt.stall_ms,
+        "from": receipt.source,
+        "to": receipt.target,
+        "replayed": receipt.replayed,
+        "generation": receipt.generation,
+    }
+
+
+def disk_view(
+    run: Path, domain: DomainRecord, disk: DiskRecord, status: dict[str, Any] | None
+) -> dict[str, Any]:
+    """A disk and the addresses it is reached at."""
+    socket = run / domain.domain.name / "nbd.sock"
+    listen = domain.domain.listen
+    return {
+        "domain": domain.domain.name,
+        "name": disk.name,
+        "size": disk.size,
+        "clients": status["clients"].count(disk.name) if status else 0,
+        "nbd_uri": f"nbd+unix:///{quote(disk.name)}?socket={quote(str(socket))}",
+        "nbd_tcp_uri": f"nbd://{listen}/{quote(disk.name)}" if listen else None,
+    }
+
+
+def event_view(event: Event) -> dict[str, Any]:
+    """An event."""
+    return {
+        "id": event.id,
+        "at": instant(event.at),
+        "severity": event.severity,
+        "domain": event.domain or None,
+        "kind": event.kind,
+        "message": event.message,
+    }

@@ -1,0 +1,513 @@
+"""The store on SQLite: one file, write-ahead log, every commit synced to the disk.
+
+Domain details (``domains``, ``disks``) and connection details (``attachments``, ``legs``) are separate
+tables: a failover writes to the second pair only.
+"""
+
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import UUID
+
+from proxy.errors import NotFoundError, RefusedError, StoreError
+from proxy.extentmap import Range, Run
+from proxy.failover import LegRecord, Record
+from proxy.model import (
+    Desired,
+    Device,
+    DeviceId,
+    Domain,
+    DomainId,
+    Event,
+    FailoverReceipt,
+    Group,
+    GroupId,
+    Layout,
+    LayoutKind,
+    LegState,
+    Replication,
+    Severity,
+)
+from proxy.store import Change, DiskRecord, DomainRecord, NewDevice, NewEvent
+
+#: One script for each version of the schema, applied in order to a store that is behind.
+_MIGRATIONS = (
+    """
+    CREATE TABLE groups (
+        id INTEGER PRIMARY KEY,
+        uuid TEXT NOT NULL UNIQUE,
+        name TEXT NOT NULL UNIQUE,
+        layout TEXT NOT NULL,
+        chunk INTEGER NOT NULL,
+        created_at REAL NOT NULL
+    ) STRICT;
+    CREATE TABLE devices (
+        id INTEGER PRIMARY KEY,
+        group_id INTEGER NOT NULL REFERENCES groups (id) ON DELETE CASCADE,
+        position INTEGER NOT NULL,
+        uuid TEXT NOT NULL UNIQUE,
+        size INTEGER NOT NULL,
+        data_offset INTEGER NOT NULL,
+        UNIQUE (group_id, position)
+    ) STRICT;
+    CREATE TABLE connections (
+        id INTEGER PRIMARY KEY,
+        device_id INTEGER NOT NULL REFERENCES devices (id) ON DELETE CASCADE,
+        url TEXT NOT NULL
+    ) STRICT;
+    CREATE TABLE domains (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        uuid TEXT NOT NULL UNIQUE,
+        name TEXT NOT NULL UNIQUE,
+        size INTEGER NOT NULL,
+        replication TEXT NOT NULL,
+        listen TEXT NOT NULL,
+        next_disk INTEGER NOT NULL,
+        created_at REAL NOT NULL
+    ) STRICT;
+    CREATE TABLE disks (
+        domain_id INTEGER NOT NULL REFERENCES domains (id) ON DELETE CASCADE,
+        number INTEGER NOT NULL,
+        name TEXT NOT NULL,
+        size INTEGER NOT NULL,
+        ready INTEGER NOT NULL,
+        PRIMARY KEY (domain_id, number),
+        UNIQUE (domain_id, name)
+    ) STRICT;
+    CREATE TABLE disk_ranges (
+        domain_id INTEGER NOT NULL,
+        number INTEGER NOT NULL,
+        sequence INTEGER NOT NULL,
+        offset INTEGER NOT NULL,
+        length INTEGER NOT NULL,
+        PRIMARY KEY (domain_id, number, sequence),
+        FOREIGN KEY (domain_id, number) REFERENCES disks (domain_id, number) ON DELETE CASCADE
+    ) STRICT;
+    CREATE TABLE attachments (
+        domain_id INTEGER PRIMARY KEY REFERENCES domains (id) ON DELETE CASCADE,
+        generation INTEGER NOT NULL,
+        active_group_id INTEGER NOT NULL REFERENCES groups (id),
+        desired TEXT NOT NULL,
+        session_open INTEGER NOT NULL
+    ) STRICT;
+    CREATE TABLE legs (
+        domain_id INTEGER NOT NULL REFERENCES domains (id) ON DELETE CASCADE,
+        group_id INTEGER NOT NULL REFERENCES groups (id),
+        preference INTEGER NOT NULL,
+        state TEXT NOT NULL,
+        blocked INTEGER NOT NULL,
+        PRIMARY KEY (domain_id, group_id)
+    ) STRICT;
+    CREATE TABLE runs (
+        domain_id INTEGER NOT NULL,
+        group_id INTEGER NOT NULL,
+        sequence INTEGER NOT NULL,
+        position INTEGER NOT NULL,
+        device_offset INTEGER NOT NULL,
+        length INTEGER NOT NULL,
+        PRIMARY KEY (domain_id, group_id, sequence),
+        FOREIGN KEY (domain_id, group_id) REFERENCES legs (domain_id, group_id) ON DELETE CASCADE
+    ) STRICT;
+    CREATE TABLE failovers (
+        domain_id INTEGER NOT NULL REFERENCES domains (id) ON DELETE CASCADE,
+        generation INTEGER NOT NULL,
+        at REAL NOT NULL,
+        reason TEXT NOT NULL,
+        source TEXT NOT NULL,
+        target TEXT NOT NULL,
+        stall_ms REAL,
+        replayed INTEGER,
+        PRIMARY KEY (domain_id, generation)
+    ) STRICT;
+    CREATE TABLE events (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        at REAL NOT NULL,
+        severity TEXT NOT NULL,
+        domain TEXT NOT NULL,
+        kind TEXT NOT NULL,
+        message TEXT NOT NULL
+    ) STRICT;
+    """,
+)
+
+SCHEMA_VERSION = len(_MIGRATIONS)
+
+#: Of events kept: enough to look back over months of operation, small enough never to matter.
+EVENTS_KEPT = 100_000
+
+
+class SqliteStore:
+    """See ``proxy.store.Store``. One instance a process; the manager's lock keeps other processes out.
+
+    Args:
+        path: of the database; made when absent, brought up to this version's schema when older.
+
+    Raises:
+        StoreError: it is of a newer version, is no such database, or cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with self._errors():
+            self._db = sqlite3.connect(path, isolation_level=None)
+            self._db.execute("PRAGMA foreign_keys = ON")
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = FULL")
+            self._migrate()
+
+    def _migrate(self) -> None:
+        (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        if version > SCHEMA_VERSION:
+            self._db.close()
+            raise StoreError(
+                f"the store {self._path} was written by a newer Standfast (schema {version}, this one knows "
+                f"{SCHEMA_VERSION}); install that version again, or use another --state directory"
+            )
+        for number in range(version, SCHEMA_VERSION):
+            # executescript() would commit by itself, half-way: the script is one transaction of its own.
+            self._db.executescript(
+                f"BEGIN; {_MIGRATIONS[number]} PRAGMA user_version = {number + 1}; COMMIT;"
+            )
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise StoreError(f"the store {self._path} cannot be used: {error}") from error
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """One transaction, rolled back whole when anything in it raises."""
+        with self._errors():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+
+    def close(self) -> None:
+        with self._errors():
+            self._db.close()
+
+    # --- Groups -----------------------------------------------------------------------------------
+
+    def groups(self) -> list[Group]:
+        devices: dict[int, list[Device]] = {}
+        with self._errors():
+            for row in self._db.execute(
+                "SELECT group_id, d.id, uuid, position, size, data_offset, url FROM devices d"
+                " JOIN connections c ON c.device_id = d.id ORDER BY group_id, position"
+            ):
+                group_id, device_id, uuid, position, size, data_offset, url = row
+                devices.setdefault(group_id, []).append(
+                    Device(DeviceId(device_id), UUID(uuid), position, size, data_offset, url)
+                )
+            return [
+                Group(
+                    GroupId(group_id),
+                    UUID(uuid),
+                    name,
+                    Layout(LayoutKind(layout), chunk),
+                    tuple(devices[group_id]),
+                )
+                for group_id, uuid, name, layout, chunk in self._db.execute(
+                    "SELECT id, uuid, name, layout, chunk FROM groups ORDER BY name"
+                )
+            ]
+
+    def group(self, name: str) -> Group:
+        for group in self.groups():
+            if group.name == name:
+                return group
+        raise NotFoundError(f"there is no group {name}")
+
+    def add_group(
+        self, name: str, uuid: UUID, layout: Layout, devices: Sequence[NewDevice], at: float
+    ) -> Group:
+        with self._transaction() as db:
+            if db.execute("SELECT 1 FROM groups WHERE name = ?", (name,)).fetchone():
+                raise RefusedError(f"there is a group {name} already")
+            group_id = db.execute(
+                "INSERT INTO groups (uuid, name, layout, chunk, created_at) VALUES (?, ?, ?, ?, ?)",
+                (str(uuid), name, layout.kind, layout.chunk, at),
+            ).lastrowid
+            for position, device in enumerate(devices):
+                device_id = db.execute(
+                    "INSERT INTO devices (group_id, position, uuid, size, data_offset) VALUES (?, ?, ?, ?, ?)",
+                    (group_id, position, str(device.uuid), device.size, device.data_offset),
+                ).lastrowid
+                db.execute("INSERT INTO connections (device_id, url) VALUES (?, ?)", (device_id, device.url))
+            self._insert_events(
+                [
+                    NewEvent(
+                        Severity.INFO, "group-created", f"group {name} was made of {len(devices)} devices"
+                    )
+                ],
+                at,
+            )
+        return self.group(name)
+
+    def remove_group(self, name: str, at: float) -> None:
+        group = self.group(name)
+        with self._transaction() as db:
+            users = db.execute(
+                "SELECT name FROM domains JOIN legs ON domain_id = id WHERE group_id = ? ORDER BY name",
+                (group.id,),
+            ).fetchall()
+            if users:
+                raise RefusedError(f"group {name} is used by domain {', '.join(user for (user,) in users)}")
+            db.execute("DELETE FROM groups WHERE id = ?", (group.id,))
+            self._insert_events([NewEvent(Severity.INFO, "group-removed", f"group {name} was removed")], at)
+
+    def taken(self, group: str) -> list[Run]:
+        with self._errors():
+            return [
+                Run(*row)
+                for row in self._db.execute(
+                    "SELECT position, device_offset, length FROM runs JOIN groups ON group_id = id WHERE name = ?",
+                    (group,),
+                )
+            ]
+
+    # --- Domains ----------------------------------------------------------------------------------
+
+    def domains(self) -> list[DomainRecord]:
+        return self._domains("", ())
+
+    def domain(self, name: str) -> DomainRecord:
+        found = self._domains("WHERE d.name = ?", (name,))
+        if not found:
+            raise NotFoundError(f"there is no domain {name}")
+        return found[0]
+
+    def _domains(self, where: str, values: tuple[str, ...]) -> list[DomainRecord]:
+        with self._errors():
+            rows = self._db.execute(
+                "SELECT d.id, d.uuid, d.name, d.size, d.replication, d.listen, a.desired, a.session_open,"
+                " a.generation, g.name FROM domains d JOIN attachments a ON a.domain_id = d.id"
+                f" JOIN groups g ON g.id = a.active_group_id {where} ORDER BY d.name",
+                values,
+            ).fetchall()
+            legs: dict[int, list[LegRecord]] = {}
+            runs: dict[int, dict[str, list[Run]]] = {}
+            ranges: dict[tuple[int, int], list[Range]] = {}
+            disks: dict[int, list[DiskRecord]] = {}
+            failovers: dict[int, FailoverReceipt] = {}
+            only = f"WHERE l.domain_id = {rows[0][0]}" if where and rows else ""
+            for domain_id, group, state, blocked in self._db.execute(
+                "SELECT l.domain_id, g.name, l.state, l.blocked FROM legs l JOIN groups g ON g.id = l.group_id"
+                f" {only} ORDER BY l.domain_id, l.preference"
+            ):
+                legs.setdefault(domain_id, []).append(LegRecord(group, LegState(state), bool(blocked)))
+            for domain_id, group, position, offset, length in self._db.execute(
+                "SELECT l.domain_id, g.name, l.position, l.device_offset, l.length FROM runs l"
+                f" JOIN groups g ON g.id = l.group_id {only} ORDER BY l.domain_id, l.group_id, l.sequence"
+            ):
+                runs.setdefault(domain_id, {}).setdefault(group, []).append(Run(position, offset, length))
+            for domain_id, number, offset, length in self._db.execute(
+                "SELECT l.domain_id, l.number, l.offset, l.length FROM disk_ranges l"
+                f" {only} ORDER BY l.domain_id, l.number, l.sequence"
+            ):
+                ranges.setdefault((domain_id, number), []).append(Range(offset, length))
+            for domain_id, number, name, size, ready in self._db.execute(
+                f"SELECT l.domain_id, l.number, l.name, l.size, l.ready FROM disks l {only} ORDER BY l.number"
+            ):
+                disks.setdefault(domain_id, []).append(
+                    DiskRecord(number, name, size, tuple(ranges[domain_id, number]), bool(ready))
+                )
+            for domain_id, *receipt in self._db.execute(
+                "SELECT l.domain_id, l.generation, l.at, l.reason, l.source, l.target, l.stall_ms, l.replayed"
+                f" FROM failovers l {only} ORDER BY l.generation"
+            ):
+                failovers[domain_id] = FailoverReceipt(*receipt)
+            return [
+                DomainRecord(
+                    Domain(DomainId(domain_id), UUID(uuid), name, size, Replication(replication), listen),
+                    Desired(desired),
+                    bool(session_open),
+                    Record(generation, active, tuple(legs[domain_id])),
+                    {group: tuple(found) for group, found in runs[domain_id].items()},
+                    tuple(disks.get(domain_id, ())),
+                    failovers.get(domain_id),
+                )
+                for (
+                    domain_id,
+                    uuid,
+                    name,
+                    size,
+                    replication,
+                    listen,
+                    desired,
+                    session_open,
+                    generation,
+                    active,
+                ) in rows
+            ]
+
+    def add_domain(
+        self,
+        name: str,
+        uuid: UUID,
+        size: int,
+        replication: Replication,
+        listen: str,
+        record: Record,
+        runs: Mapping[str, Sequence[Run]],
+        at: float,
+    ) -> DomainRecord:
+        ids = {group.name: group.id for group in self.groups()}
+        with self._transaction() as db:
+            if db.execute("SELECT 1 FROM domains WHERE name = ?", (name,)).fetchone():
+                raise RefusedError(f"there is a domain {name} already")
+            domain_id = db.execute(
+                "INSERT INTO domains (uuid, name, size, replication, listen, next_disk, created_at)"
+                " VALUES (?, ?, ?, ?, ?, 1, ?)",
+                (str(uuid), name, size, replication, listen, at),
+            ).lastrowid
+            db.execute(
+                "INSERT INTO attachments (domain_id, generation, active_group_id, desired, session_open)"
+                " VALUES (?, ?, ?, ?, 0)",
+                (domain_id, record.generation, ids[record.active], Desired.ONLINE),
+            )
+            for preference, leg in enumerate(record.legs):
+                db.execute(
+                    "INSERT INTO legs (domain_id, group_id, preference, state, blocked) VALUES (?, ?, ?, ?, ?)",
+                    (domain_id, ids[leg.group], preference, leg.state, leg.blocked),
+                )
+                db.executemany(
+                    "INSERT INTO runs (domain_id, group_id, sequence, position, device_offset, length)"
+                    " VALUES (?, ?, ?, ?, ?, ?)",
+                    [
+                        (domain_id, ids[leg.group], sequence, *run)
+                        for sequence, run in enumerate(runs[leg.group])
+                    ],
+                )
+            self._insert_events(
+                [NewEvent(Severity.INFO, "domain-created", f"domain {name} was made", name)], at
+            )
+        return self.domain(name)
+
+    def remove_domain(self, name: str, at: float) -> None:
+        found = self.domain(name)
+        with self._transaction() as db:
+            db.execute("DELETE FROM domains WHERE id = ?", (found.domain.id,))
+            self._insert_events(
+                [NewEvent(Severity.INFO, "domain-removed", f"domain {name} was removed", name)], at
+            )
+
+    # --- Changes ----------------------------------------------------------------------------------
+
+    def change(self, domain: DomainId, change: Change, at: float) -> None:
+        with self._transaction() as db:
+            if change.record is not None:
+                self._write_record(domain, change.record)
+            if change.session_open is not None:
+                db.execute(
+                    "UPDATE attachments SET session_open = ? WHERE domain_id = ?",
+                    (change.session_open, domain),
+                )
+            if change.desired is not None:
+                db.execute("UPDATE attachments SET desired = ? WHERE domain_id = ?", (change.desired, domain))
+            if change.failover is not None:
+                receipt = change.failover
+                db.execute(
+                    "INSERT INTO failovers (domain_id, generation, at, reason, source, target)"
+                    " VALUES (?, ?, ?, ?, ?, ?)",
+                    (domain, receipt.generation, receipt.at, receipt.reason, receipt.source, receipt.target),
+                )
+            if change.add_disk is not None:
+                disk = change.add_disk
+                db.execute(
+                    "INSERT INTO disks (domain_id, number, name, size, ready) VALUES (?, ?, ?, ?, ?)",
+                    (domain, disk.number, disk.name, disk.size, disk.ready),
+                )
+                db.execute("UPDATE domains SET next_disk = ? WHERE id = ?", (disk.number + 1, domain))
+                self._write_ranges(domain, disk)
+            if change.ready_disk is not None:
+                db.execute(
+                    "UPDATE disks SET ready = 1 WHERE domain_id = ? AND number = ?",
+                    (domain, change.ready_disk),
+                )
+            if change.resize_disk is not None:
+                disk = change.resize_disk
+                db.execute(
+                    "UPDATE disks SET size = ? WHERE domain_id = ? AND number = ?",
+                    (disk.size, domain, disk.number),
+                )
+                db.execute(
+                    "DELETE FROM disk_ranges WHERE domain_id = ? AND number = ?", (domain, disk.number)
+                )
+                self._write_ranges(domain, disk)
+            if change.remove_disk is not None:
+                db.execute(
+                    "DELETE FROM disks WHERE domain_id = ? AND number = ?", (domain, change.remove_disk)
+                )
+            self._insert_events(change.events, at)
+
+    def _write_record(self, domain: DomainId, record: Record) -> None:
+        (generation,) = self._db.execute(
+            "SELECT generation FROM attachments WHERE domain_id = ?", (domain,)
+        ).fetchone()
+        assert record.generation > generation, (record.generation, generation)
+        self._db.execute(
+            "UPDATE attachments SET generation = ?, active_group_id = (SELECT id FROM groups WHERE name = ?)"
+            " WHERE domain_id = ?",
+            (record.generation, record.active, domain),
+        )
+        self._db.executemany(
+            "UPDATE legs SET state = ?, blocked = ?"
+            " WHERE domain_id = ? AND group_id = (SELECT id FROM groups WHERE name = ?)",
+            [(leg.state, leg.blocked, domain, leg.group) for leg in record.legs],
+        )
+
+    def _write_ranges(self, domain: DomainId, disk: DiskRecord) -> None:
+        self._db.executemany(
+            "INSERT INTO disk_ranges (domain_id, number, sequence, offset, length) VALUES (?, ?, ?, ?, ?)",
+            [(domain, disk.number, sequence, *extent) for sequence, extent in enumerate(disk.ranges)],
+        )
+
+    def settle_failover(self, domain: DomainId, generation: int, stall_ms: float, replayed: int) -> None:
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE failovers SET stall_ms = ?, replayed = ? WHERE domain_id = ? AND generation = ?",
+                (stall_ms, replayed, domain, generation),
+            )
+
+    def next_disk_number(self, domain: DomainId) -> int:
+        with self._errors():
+            (number,) = self._db.execute("SELECT next_disk FROM domains WHERE id = ?", (domain,)).fetchone()
+            return int(number)
+
+    # --- Events -----------------------------------------------------------------------------------
+
+    def _insert_events(self, events: Sequence[NewEvent], at: float) -> None:
+        for event in events:
+            identity = self._db.execute(
+                "INSERT INTO events (at, severity, domain, kind, message) VALUES (?, ?, ?, ?, ?)",
+                (at, event.severity, event.domain, event.kind, event.message),
+            ).lastrowid
+            self._db.execute("DELETE FROM events WHERE id <= ?", ((identity or 0) - EVENTS_KEPT,))
+
+    def add_events(self, events: Sequence[NewEvent], at: float) -> None:
+        with self._transaction():
+            self._insert_events(events, at)
+
+    def events(self, after: int, limit: int) -> list[Event]:
+        with self._errors():
+            return [
+                Event(identity, at, Severity(severity), domain, kind, message)
+                for identity, at, severity, domain, kind, message in self._db.execute(
+                    "SELECT id, at, severity, domain, kind, message FROM events WHERE id > ? ORDER BY id LIMIT ?",
+                    (after, limit),
+                )
+            ]
+
+    def last_event_id(self) -> int:
+        with self._errors():
+            (identity,) = self._db.execute("SELECT coalesce(max(id), 0) FROM events").fetchone()
+            return int(identity)
