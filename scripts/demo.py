@@ -113,7 +113,7 @@ def show_map(title: str, leg: dict[str, Any]) -> None:
     for extent in leg["extents"]:
         bar = "█" * max(1, round(extent["length"] / (4 << 20)))
         begin, end = extent["offset"] / (1 << 20), (extent["offset"] + extent["length"]) / (1 << 20)
-        print(f"   {begin:7.2f} – {end:7.2f} MiB  →  device {extent['device'] + 1}  {bar}")
+        print(f"   {begin:7.2f} to {end:7.2f} MiB  →  device {extent['device'] + 1}  {bar}")
 
 
 def client_sockets(pid: int) -> set[str]:

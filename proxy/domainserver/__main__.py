@@ -34,17 +34,18 @@ def main() -> int:
     except BlockingIOError:
         print(f"domain {arguments.name} is being served by another process", file=sys.stderr)
         return 1
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, b"%d\n" % os.getpid(), 0)
+    # Whoever cannot have the lock finds out here who has it; the file is never empty in between.
+    identity = b"%d\n" % os.getpid()
+    os.pwrite(lock, identity, 0)
+    os.ftruncate(lock, len(identity))
     return 0 if trio.run(_serve, arguments.name, arguments.directory, arguments.deadline_ms) else 1
 
 
 async def _serve(name: str, directory: Path, deadline_ms: int) -> bool:
-    server = Server(name, deadline_ms=deadline_ms)
+    server = Server(name, directory, deadline_ms=deadline_ms)
     server.engine.start()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(server.watch_engine, nursery)
-        await nursery.start(server.doors.serve_unix, directory / "nbd.sock")
         await nursery.start(_serve_control, server, directory / "control.sock")
         nursery.start_soon(_stop_on_sigterm, server)
         await server.stopped.wait()

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import trio
@@ -42,11 +43,13 @@ class Server:
 
     Args:
         domain: its name.
+        directory: of its sockets.
         deadline_ms: how long a device may take for one operation before that is reported.
     """
 
-    def __init__(self, domain: str, *, deadline_ms: int) -> None:
+    def __init__(self, domain: str, directory: Path, *, deadline_ms: int) -> None:
         self.domain = domain
+        self._directory = directory
         self.engine = Engine(
             nbd_errors={number: int(value) for number, value in NBD_ERROR_BY_ERRNO.items()},
             deadline_ns=deadline_ms * 1_000_000,
@@ -58,6 +61,7 @@ class Server:
         self._held = True
         self._generation = 0
         self._listening: str | None = None
+        self._is_open = False
         self._manager: trio.SocketStream | None = None
         self._passing = trio.Lock()
         self._sending = trio.Lock()
@@ -118,7 +122,7 @@ class Server:
                     self.doors.forget(event.a)
                 elif event.kind is EventKind.DONE:
                     self._done[event.a] = event.code
-                elif event.kind is not EventKind.MAP_RETIRED:
+                elif event.kind not in (EventKind.MAP_RETIRED, EventKind.LEG_FORGOTTEN):
                     await self._send({"event": _message(event)})
         async with self._changed:
             self._changed.notify_all()
@@ -205,12 +209,12 @@ class Server:
             # The engine reports anew what still is so, except a lost stream, which stays lost.
             if leg.against and leg.against["kind"] != EventKind.DEVICE_LOST.name:
                 leg.against = None
-        self._offer(disks)
+        await self._offer(disks)
 
     async def _exports(self, frame: Frame) -> None:
-        self._offer(frame.body["disks"])
+        await self._offer(frame.body["disks"])
 
-    def _offer(self, disks: list[dict[str, Any]]) -> None:
+    async def _offer(self, disks: list[dict[str, Any]]) -> None:
         ready = [disk for disk in disks if disk["ready"]]
         self.doors.numbers = {disk["name"]: disk["number"] for disk in ready}
         self.doors.exports = {
@@ -219,6 +223,11 @@ class Server:
         for number, disk_name in list(self.doors.clients.items()):
             if disk_name not in self.doors.numbers:
                 self.engine.end_connection(number)
+        if not self._is_open:
+            # Not before: a client that comes back must not be told that its disk does not exist.
+            assert self._nursery is not None
+            await self._nursery.start(self.doors.serve_unix, self._directory / "nbd.sock")
+            self._is_open = True
 
     async def _listen(self, frame: Frame) -> None:
         """Open the TCP door."""

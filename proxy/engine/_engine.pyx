@@ -20,6 +20,8 @@ include "simulator.pxi"
 import os
 import threading
 
+cimport cython
+
 from proxy.engine.types import (
     DeviceStatistics, Event, EventKind, LegRole, OpKind, PendingOp,
     RequestKind, Statistics,
@@ -139,10 +141,17 @@ cdef void connection_free(Connection *connection) noexcept:
     free(connection.stream.rx)
     free(connection)
 
-cdef void leg_free(Leg *leg) noexcept:
+cdef void leg_close_descriptors(Leg *leg) noexcept:
     cdef uint32_t i
     for i in range(leg.device_count):
-        close(leg.devices[i].fd)
+        if leg.devices[i].fd >= 0:
+            close(leg.devices[i].fd)
+        leg.devices[i].fd = -1
+
+cdef void leg_free(Leg *leg) noexcept:
+    cdef uint32_t i
+    leg_close_descriptors(leg)
+    for i in range(leg.device_count):
         if leg.devices[i].stream != NULL:
             free(leg.devices[i].stream.rx)
             free(leg.devices[i].stream)
@@ -154,6 +163,7 @@ cdef void map_free(Map *map) noexcept:
     free(map)
 
 
+@cython.no_gc_clear  # __dealloc__ still needs its maps
 cdef class Engine:
     """One data plane. Every method is the control thread's; run() alone is the data thread's.
 
@@ -310,6 +320,8 @@ cdef class Engine:
                 connection_free(self._connections[record.a])
                 self._connections[record.a] = NULL
             elif record.kind == EVENT_LEG_CLOSED:
+                leg_close_descriptors(leg_by_id(core, record.leg))
+            elif record.kind == EVENT_LEG_FORGOTTEN:
                 leg = leg_by_id(core, record.leg)
                 self._mail(mail_forget_leg, leg)
                 leg_free(leg)
@@ -373,7 +385,7 @@ cdef class Engine:
         self._mail(mail_fence, self._leg(leg_id))
 
     def close_leg(self, int64_t leg_id):
-        """Fence a leg and cut its streams; LEG_CLOSED tells when it is gone and its id is free again."""
+        """Fence a leg and cut its streams; LEG_CLOSED tells when its descriptors are closed."""
         self._mail(mail_close_leg, self._leg(leg_id))
 
     def copy_leg(self, int64_t leg_id, ranges):
@@ -406,7 +418,7 @@ cdef class Engine:
     def copy_progress(self, int64_t leg_id):
         """Bytes copied and in all, of the copy to this leg that goes on; None when there is none."""
         cdef uint32_t i
-        for i in range(LEGS_MAX):
+        for i in range(LEG_SLOTS):
             if self.core.copiers[i].in_use and self.core.copiers[i].leg.id == leg_id:
                 return self.core.copiers[i].copied, self.core.copiers[i].total
         return None
@@ -421,7 +433,7 @@ cdef class Engine:
             legs: (leg id, LegRole) pairs; exactly one is ACTIVE.
             disks: (number, size in bytes, one extent map per leg) by ascending number. An extent
                 map has ``offsets``, ``devices`` and ``device_offsets`` as proxy.extentmap.ExtentMap;
-                it covers the size rounded up to whole blocks.
+                those of one disk cover the same number of whole blocks, at least its size.
         """
         cdef Core *core = self.core
         cdef const uint64_t[::1] offsets
@@ -485,7 +497,11 @@ cdef class Engine:
                     table.offsets = &offsets[0]
                     table.devices = &devices[0]
                     table.device_offsets = &device_offsets[0]
-                    if table.offsets[table.count] < (map.disks[i].size + CLAIM_BLOCK - 1) // CLAIM_BLOCK * CLAIM_BLOCK:
+                    if j == 0:
+                        map.disks[i].allotted = table.offsets[table.count]
+                    if table.offsets[table.count] != map.disks[i].allotted or map.disks[i].allotted % CLAIM_BLOCK:
+                        raise ValueError(f"the extent maps of disk {number} are not all of the same whole blocks")
+                    if map.disks[i].allotted < map.disks[i].size:
                         raise ValueError(f"the extent map of disk {number} is shorter than the disk")
                     highest = 0
                     for k in range(table.count):
@@ -543,20 +559,23 @@ cdef class Engine:
             disk: the number of the disk it chose.
             obeys_block_size: it was told the smallest block on its own asking.
             leftover: what it had already sent of its first requests.
+
+        The descriptor is closed when this raises.
         """
         cdef Connection *connection
         cdef uint32_t number = 0
         if len(leftover) > RX_BYTES:
+            close(fd)
             raise ValueError("more early bytes than a receive buffer holds")
         while number < CONNECTIONS_MAX and self._connections[number] != NULL:
             number += 1
         if number == CONNECTIONS_MAX:
+            close(fd)
             raise OSError(EBUSY, f"more than {CONNECTIONS_MAX} connections")
         connection = <Connection *>calloc(1, sizeof(Connection))
-        if connection == NULL:
-            raise MemoryError
-        if not stream_open(&connection.stream, fd):
+        if connection == NULL or not stream_open(&connection.stream, fd):
             free(connection)
+            close(fd)
             raise MemoryError
         connection.core = self.core
         connection.number = number

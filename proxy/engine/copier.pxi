@@ -10,9 +10,9 @@ cdef int32_t copier_start(Core *core, Leg *leg, uint32_t range_count) noexcept n
     cdef uint32_t i
     if not leg_is_syncing(core, leg):
         return EINVAL
-    for i in range(LEGS_MAX):
-        if core.copiers[i].in_use and core.copiers[i].leg == leg:
-            return EBUSY
+    if copier_of(core, leg) != NULL:
+        return EBUSY
+    for i in range(LEG_SLOTS):
         if not core.copiers[i].in_use and copier == NULL:
             copier = &core.copiers[i]
     if copier == NULL:
@@ -25,6 +25,14 @@ cdef int32_t copier_start(Core *core, Leg *leg, uint32_t range_count) noexcept n
     for i in range(range_count):
         copier.total += copier.ranges[i].length
     return 0
+
+cdef Copier *copier_of(Core *core, Leg *leg) noexcept nogil:
+    """The copy to this leg, or NULL."""
+    cdef uint32_t i
+    for i in range(LEG_SLOTS):
+        if core.copiers[i].in_use and core.copiers[i].leg == leg:
+            return &core.copiers[i]
+    return NULL
 
 cdef bint leg_is_syncing(Core *core, Leg *leg) noexcept nogil:
     cdef uint32_t i
@@ -92,11 +100,12 @@ cdef void copier_end(Core *core, Copier *copier) noexcept nogil:
     copier.in_use = False
     event_put(core, EVENT_COPIED, copier.leg.id, 0, copier.error,
               core.map.generation, copier.copied, 0)
+    leg_check_closed(core, copier.leg)
 
 cdef void copiers_check(Core *core) noexcept nogil:
     """A new map is installed: give up copies to legs that are not syncing in it."""
     cdef uint32_t i
-    for i in range(LEGS_MAX):
+    for i in range(LEG_SLOTS):
         if core.copiers[i].in_use and not core.copiers[i].error and not leg_is_syncing(core, core.copiers[i].leg):
             core.copiers[i].error = ECANCELED
 
@@ -104,6 +113,6 @@ cdef void copiers_pump(Core *core) noexcept nogil:
     cdef uint32_t i
     if core.held:
         return
-    for i in range(LEGS_MAX):
+    for i in range(LEG_SLOTS):
         if core.copiers[i].in_use:
             copier_pump(core, &core.copiers[i])

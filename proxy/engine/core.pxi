@@ -8,6 +8,8 @@ cdef enum:
     # What the engine's own work (copying, zeroing) always finds free, so that clients cannot starve it.
     REQUESTS_RESERVED = 64
     SUBOPS_MAX = 4096
+    # Of one leg, so that one that hangs for ever leaves enough for all others.
+    SUBOPS_PER_LEG = SUBOPS_MAX // LEGS_MAX
     # Of one request in flight: a long one advances in steps, so that it cannot take the whole pool.
     SUBOPS_PER_REQUEST = 64
     CONNECTIONS_MAX = 1024
@@ -82,7 +84,8 @@ cdef enum:  # EventKind
     EVENT_DONE                 # a: token of the engine's own request, code: errno
     EVENT_CONNECTION_CLOSED    # a: connection, code: errno (0: by the client)
     EVENT_MAP_RETIRED          # generation: nothing uses this map any more
-    EVENT_LEG_CLOSED           # leg: nothing of it is left in the engine
+    EVENT_LEG_CLOSED           # leg: its descriptors are closed
+    EVENT_LEG_FORGOTTEN        # leg: nothing of it is left in the engine
 
 cdef struct Leg
 cdef struct Device
@@ -157,6 +160,7 @@ cdef struct Request:
     bint fua
     bint keep_allocated        # ZERO must not punch a hole
     bint failed                # a leg failed it
+    bint rejected              # and no leg can do better: it is not to be parked but answered
     bint claimed
     bint exclusive             # its claim is a writer's
     bint blocks_others
@@ -252,6 +256,7 @@ cdef struct Leg:
     bint drain_reported
     bint closing
     bint closed
+    bint forgotten
     uint32_t device_count
     uint32_t in_flight
     uint32_t maps              # that name it and are not retired
@@ -268,6 +273,7 @@ cdef struct LegTable:
 cdef struct DiskMap:
     uint32_t number
     uint64_t size
+    uint64_t allotted          # what every table covers; at least the size, in whole blocks
     LegTable tables[LEGS_MAX]
 
 cdef struct Map:
@@ -355,6 +361,7 @@ cdef struct Counters:
 cdef struct Core:
     Ring *ring
     Arena arena
+    uint64_t client_bytes      # of it: buffers of clients' requests
     char *zeroes               # ZERO_FILL_BYTES, read only
     uint64_t now_ns
     uint64_t tick_ns
@@ -373,6 +380,7 @@ cdef struct Core:
     RequestList held_requests
     RequestList waiting
     RequestList parked
+    RequestList cramped        # to be done again as soon as there is memory for it
     RequestList withheld       # done, but not to be answered while the domain holds
     RequestList starved
     bint wake                  # a claim others wait for is gone
@@ -382,6 +390,7 @@ cdef struct Core:
     uint16_t readers[4096]     # claims by hash of the 64 KiB they lie in; see claims.pxi
     uint16_t writers[4096]
     SubOp *free_subops
+    bint relief                # a starved request may find a slot now
     # What clients felt of the last hold
     bint replay_report         # due once the last of them is answered
     uint32_t replays_pending
@@ -395,7 +404,7 @@ cdef struct Core:
     bint resuming              # the one that was first in line is at it
     Connection *closed_connections
     Leg legs[LEG_SLOTS]
-    Copier copiers[LEGS_MAX]
+    Copier copiers[LEG_SLOTS]     # one for each leg, so that there always is one
     Connection *connections[CONNECTIONS_MAX]
     uint32_t connection_count
     Counters counters

@@ -45,7 +45,7 @@ cdef bint connection_sated(Connection *connection, uint64_t bytes) noexcept nogi
 cdef bint room_for(Core *core, uint64_t bytes) noexcept nogil:
     """Whether a client's request that needs a buffer of ``bytes`` can be taken in."""
     return (core.free_requests.count > REQUESTS_RESERVED
-            and core.arena.used_bytes + bytes <= ARENA_CLIENT_BYTES
+            and core.client_bytes + bytes <= ARENA_CLIENT_BYTES
             and arena_can(&core.arena, bytes))
 
 cdef void connection_stall(Core *core, Connection *connection, uint64_t bytes) noexcept nogil:
@@ -173,6 +173,7 @@ cdef Request *connection_request(Core *core, Connection *connection, char *heade
     connection.in_flight += 1
     if request.buffer != NULL:
         connection.in_flight_bytes += arena_size(&core.arena, request.buffer)
+        core.client_bytes += arena_size(&core.arena, request.buffer)
     return request
 
 cdef int32_t connection_check(Core *core, Connection *connection, uint16_t flags, uint16_t command,
@@ -190,8 +191,10 @@ cdef int32_t connection_check(Core *core, Connection *connection, uint16_t flags
         return EINVAL
     if connection.obeys_block_size and ((offset | length) & (BLOCK_SIZE_MIN - 1)):
         return EINVAL
+    if offset > INT64_MAX or length > INT64_MAX - offset:
+        return EINVAL if command == NBD_CMD_READ or command == NBD_CMD_TRIM else ENOSPC
     if core.map == NULL:
-        return ESHUTDOWN
+        return 0  # held until there is one, and looked at then
     disk = map_disk(core.map, connection.disk, &connection.disk_hint)
     if disk == NULL:
         return ESHUTDOWN

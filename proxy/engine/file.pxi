@@ -32,6 +32,8 @@ cdef void file_submit(Core *core, SubOp *sub) noexcept nogil:
             op.data = core.zeroes
             if op.length > ZERO_FILL_BYTES:
                 op.length = ZERO_FILL_BYTES
+            if op.length > device.transfer_max:
+                op.length = device.transfer_max
     core.ring.submit(core.ring, op)
 
 cdef void file_done(Core *core, Op *op) noexcept nogil:

@@ -82,7 +82,7 @@ cdef void settle_all(Core *core) noexcept nogil:
             continue
         if core.wake and not core.held:
             continue
-        if core.starved.count and core.free_subops != NULL:
+        if core.starved.count and core.relief:
             continue
         break
     if core.now_ns >= core.tick_ns:

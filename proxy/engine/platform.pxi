@@ -5,7 +5,7 @@ cdef extern from "<errno.h>" nogil:
     int EAGAIN, EBUSY, ECANCELED, ECONNABORTED, ECONNRESET, EINTR, EINVAL, EIO, ENOMEM, ENOSPC, EOPNOTSUPP
     int EPIPE, EPROTO, ESHUTDOWN, ETIMEDOUT
 
-from libc.stdint cimport int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport INT64_MAX, int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport abort, calloc, free, malloc
 from libc.string cimport memcpy, memmove, memset
 

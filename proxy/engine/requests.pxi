@@ -19,6 +19,8 @@ cdef Request *request_take(Core *core, bint ours) noexcept nogil:
 
 cdef void request_free(Core *core, Request *request) noexcept nogil:
     if request.buffer != NULL:
+        if request.connection != NULL:
+            core.client_bytes -= arena_size(&core.arena, request.buffer)
         arena_release(&core.arena, request.buffer)
         request.buffer = NULL
     request.state = IDLE
@@ -61,12 +63,13 @@ cdef void begin(Core *core, Request *request) noexcept nogil:
 cdef void start(Core *core, Request *request) noexcept nogil:
     """Run a request, from its beginning, under the installed map."""
     cdef Map *map = core.map
-    cdef uint64_t mask
+    cdef uint64_t mask, limit
     cdef uint64_t end = request.offset + request.length
     cdef uint32_t hint = 0
     request.state = RUNNING
     core.running += 1
     request.failed = False
+    request.rejected = False
     request.error = 0
     request.map = map
     map.references += 1
@@ -79,7 +82,9 @@ cdef void start(Core *core, Request *request) noexcept nogil:
     if request.disk_map == NULL:
         finish(core, request, ESHUTDOWN)  # the disk was removed under its client
         return
-    if end > request.disk_map.size and request.kind != COPY:
+    # Clients see the disk's size; we also work on what is allotted beyond it.
+    limit = request.disk_map.size if request.connection != NULL else request.disk_map.allotted
+    if end > limit:
         finish(core, request, EINVAL if request.kind == READ or request.kind == TRIM else ENOSPC)
         return
     mask = map.block_size - 1
@@ -207,7 +212,10 @@ cdef void advance(Core *core, Request *request) noexcept nogil:
         if request.outstanding or request.starved:
             return
         if request.failed:
-            park(core, request)
+            if request.rejected:
+                finish(core, request, request.error)
+            else:
+                park(core, request)
             return
         if not next_phase(core, request):
             finish(core, request, 0)
@@ -215,11 +223,11 @@ cdef void advance(Core *core, Request *request) noexcept nogil:
 
 # --- Issuing -------------------------------------------------------------------------------------
 
-cdef bint issue_more(Core *core, Request *request) noexcept nogil:
-    """Whether one more sub-operation may be issued now. If only the pool is empty, it is remembered."""
+cdef bint issue_more(Core *core, Request *request, Leg *leg) noexcept nogil:
+    """Whether one more sub-operation may be issued now. If only a slot is missing, it is remembered."""
     if request.failed or request.outstanding >= SUBOPS_PER_REQUEST:
         return False
-    if core.free_subops != NULL:
+    if leg.fenced or (leg.in_flight < SUBOPS_PER_LEG and core.free_subops != NULL):
         return True
     if not request.starved:
         request.starved = True
@@ -238,7 +246,7 @@ cdef void issue_span(Core *core, Request *request) noexcept nogil:
     for i in range(request.map.leg_count):
         if not request.legs & (1 << i):
             continue
-        while request.cursors[i] < end and issue_more(core, request):
+        while request.cursors[i] < end and issue_more(core, request, request.map.legs[i]):
             length = issue(core, request, i, kind, request.cursors[i], end - request.cursors[i],
                            NULL if kind == SUB_ZERO else request.buffer,
                            request.cursors[i] - request.claim_offset)
@@ -250,7 +258,7 @@ cdef void issue_edges(Core *core, Request *request) noexcept nogil:
     for i in range(request.map.leg_count):
         if not request.legs & (1 << i):
             continue
-        while request.cursors[i] < 2 and issue_more(core, request):
+        while request.cursors[i] < 2 and issue_more(core, request, request.map.legs[i]):
             edge = <uint32_t>request.cursors[i]
             request.cursors[i] += 1
             if edge_shared(request, edge):
@@ -263,7 +271,7 @@ cdef void issue_flushes(Core *core, Request *request) noexcept nogil:
     cdef uint32_t i
     for i in range(request.map.leg_count):
         leg = request.map.legs[i]
-        while request.cursors[i] < leg.device_count and issue_more(core, request):
+        while request.cursors[i] < leg.device_count and issue_more(core, request, leg):
             device = &leg.devices[request.cursors[i]]
             request.cursors[i] += 1
             if device.can_flush and device_usable(core, request, device):
@@ -367,6 +375,7 @@ cdef void subop_end(Core *core, SubOp *sub, int32_t error) noexcept nogil:
     sub.in_flight = False
     sub.next = core.free_subops
     core.free_subops = sub
+    core.relief = True
     if request == NULL:
         device.late += 1
         core.counters.late += 1
@@ -471,7 +480,7 @@ cdef void restart_parked(Core *core) noexcept nogil:
         elif refresh_buffer(core, request):
             start(core, request)
         else:
-            finish(core, request, ENOMEM)
+            list_push(&core.cramped, request)
 
 cdef void settle(Core *core) noexcept nogil:
     """Between two batches: start those that nothing is in the way of any more."""
@@ -487,8 +496,11 @@ cdef void settle(Core *core) noexcept nogil:
                 list_remove(&core.waiting, request)
                 start(core, request)
             request = after
-    count = core.starved.count
-    while count and core.free_subops != NULL:
+    while core.cramped.count and not core.held and refresh_buffer(core, core.cramped.head):
+        start(core, list_pop(&core.cramped))
+    count = core.starved.count if core.relief else 0
+    core.relief = False
+    while count:
         count -= 1
         request = list_pop(&core.starved)
         request.starved = False
@@ -535,14 +547,16 @@ cdef void install(Core *core, Map *map) noexcept nogil:
     for i in range(map.leg_count):
         for j in range(map.legs[i].device_count):
             device = &map.legs[i].devices[j]
-            if not device.lost:
-                device.reported = False
+            device.reported = device.lost
+            if device.lost and not map.legs[i].fenced:
+                # Whoever made this map did not know; nothing else would ever tell.
+                event_put(core, EVENT_DEVICE_LOST, map.legs[i].id, j, device.error, map.generation, 0, 0)
     copiers_check(core)
     if not core.held:
         restart_parked(core)
 
 cdef void fail_parked(Core *core) noexcept nogil:
-    """Answer every parked request with the error it met: no leg can do better."""
+    """Answer every request that met an error with it: no leg can do better."""
     cdef uint32_t count = core.parked.count
     cdef uint32_t i, j
     cdef Request *request
@@ -550,6 +564,12 @@ cdef void fail_parked(Core *core) noexcept nogil:
         count -= 1
         request = list_pop(&core.parked)
         finish(core, request, request.error)
+    for i in range(REQUESTS_MAX):
+        # Of these a part is still under way; what failed them will not be reported again.
+        if core.requests[i].state == RUNNING and core.requests[i].failed:
+            core.requests[i].rejected = True
+    if core.map == NULL:
+        return
     for i in range(core.map.leg_count):
         for j in range(core.map.legs[i].device_count):
             if not core.map.legs[i].devices[j].lost:
@@ -565,17 +585,22 @@ cdef void leg_check_drained(Core *core, Leg *leg) noexcept nogil:
         event_put(core, EVENT_LEG_DRAINED, leg.id, 0, 0, 0, unproven, 0)
 
 cdef void leg_check_closed(Core *core, Leg *leg) noexcept nogil:
-    """Tell the control thread when nothing in the engine knows a closing leg any more."""
+    """Tell the control thread when a closing leg's descriptors can be closed, and when nothing in the
+    engine knows it any more. A held domain's map may name it for a long time after the first."""
     cdef Stream *stream
     cdef uint32_t i
-    if not leg.closing or leg.closed or leg.maps or leg.in_flight:
+    if not leg.closing or leg.in_flight:
         return
     for i in range(leg.device_count):
         stream = leg.devices[i].stream
         if stream != NULL and (stream.receiving or stream.sending):
             return
-    leg.closed = True
-    event_put(core, EVENT_LEG_CLOSED, leg.id, 0, 0, 0, 0, 0)
+    if not leg.closed:
+        leg.closed = True
+        event_put(core, EVENT_LEG_CLOSED, leg.id, 0, 0, 0, 0, 0)
+    if not leg.forgotten and leg.maps == 0 and copier_of(core, leg) == NULL:
+        leg.forgotten = True
+        event_put(core, EVENT_LEG_FORGOTTEN, leg.id, 0, 0, 0, 0, 0)
 
 cdef void leg_close(Core *core, Leg *leg) noexcept nogil:
     """Fence a leg and let go of its devices as soon as nothing is in flight on them."""
@@ -596,6 +621,7 @@ cdef void fence(Core *core, Leg *leg) noexcept nogil:
     if leg.fenced:
         return
     leg.fenced = True
+    core.relief = True
     for i in range(leg.device_count):
         device = &leg.devices[i]
         if device.kind == DEVICE_NBD:

@@ -40,7 +40,8 @@ class EventKind(IntEnum):
     DONE = 8  # a: token, code: errno
     CONNECTION_CLOSED = 9  # a: connection, code: errno, 0 when the client left
     MAP_RETIRED = 10  # generation
-    LEG_CLOSED = 11  # leg
+    LEG_CLOSED = 11  # leg; its descriptors are closed
+    LEG_FORGOTTEN = 12  # leg; its id is free again
 
 
 class Event(NamedTuple):

@@ -33,6 +33,7 @@ class Leg:
     fresh_at: float | None = None
     copying: bool = False
     copied: bool = False
+    closing: bool = False
 
 
 class Legs:
@@ -144,7 +145,12 @@ class Legs:
         """Let go of a leg without waiting for answers."""
         del self.open[leg.group.name]
         self._leaving[leg.number] = leg
-        await self._link.call("close-leg", leg=leg.number)
+        await self._close(leg)
+
+    async def _close(self, leg: Leg) -> None:
+        if not leg.closing:
+            leg.closing = True
+            await self._link.call("close-leg", leg=leg.number)
 
     async def drained(self, number: int, unproven: int) -> None:
         """A fenced leg has nothing in flight; ``unproven`` writes of it have an unknown fate."""
@@ -152,7 +158,7 @@ class Legs:
         if leg is not None:
             if unproven:
                 self.suspect(leg.group)
-            await self._link.call("close-leg", leg=number)
+            await self._close(leg)
 
     def closed(self, number: int) -> None:
         """The domain server knows a leg no more."""

@@ -51,7 +51,11 @@ class Process:
 
 
 def find(directory: Path) -> Process | None:
-    """The domain server that serves from ``directory`` now, or None."""
+    """The domain server that serves from ``directory`` now, or None.
+
+    Raises:
+        StartError: one is just coming up or going down; look again.
+    """
     try:
         lock = os.open(directory / "lock", os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -61,13 +65,13 @@ def find(directory: Path) -> Process | None:
         return None
     except BlockingIOError:
         # Who holds the lock has written its pid into it.
-        pid = int(os.pread(lock, 32, 0) or b"0")
+        identity = os.pread(lock, 32, 0)
     finally:
         os.close(lock)
     try:
-        return Process(pid, os.pidfd_open(pid))
-    except OSError:
-        return None  # it has ended in this very moment
+        return Process(int(identity), os.pidfd_open(int(identity)))
+    except (OSError, ValueError):
+        raise StartError("another process of this domain is just starting or ending") from None
 
 
 def start(name: str, directory: Path, *, deadline_ms: int) -> Process:

@@ -144,9 +144,15 @@ class Session:
     # --- The beginning ----------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Give a blank domain server its legs and its first map."""
+        """Give a blank domain server its doors, its legs and its first map, in this order.
+
+        It holds from the beginning: clients that come back connect at once, and wait for the rest.
+        """
         domain = self.store.domain(self.name)
         groups = self._groups()
+        if domain.domain.listen:
+            await self.link.call("listen", address=domain.domain.listen)
+        await self.offer(domain.disks)
         lost: dict[str, Evidence] = {}
 
         async def open_one(group: str) -> None:
@@ -174,8 +180,6 @@ class Session:
                 await trio.sleep(self._settings.quarantine_s)
                 for group in remote:
                     self.legs.trust(group)
-        if domain.domain.listen:
-            await self.link.call("listen", address=domain.domain.listen)
         await self._feed(Started(lost, unclean=domain.session_open))
 
     async def adopt(self) -> None:
@@ -277,8 +281,6 @@ class Session:
         self.legs.opened(opened.group, opened.result)
         if isinstance(opened.result, Leg):
             return
-        if opened.group in self.machine.lost:
-            self.machine.lost[opened.group] = opened.result
         if opened.group in self._resyncs:
             self._resyncs.pop(opened.group).finish(
                 RefusedError(f"{opened.group} cannot be synced: {opened.result}")
