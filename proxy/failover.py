@@ -397,7 +397,11 @@ class Failover:
             return [Stuck(self._stuck_reason())]
         self.phase = Phase.RECORDING
         self._transition = transition
-        return [*self._fence(self._dropped(transition)), MakeDurable(transition)]
+        dropped = self._dropped(transition)
+        for group in dropped:
+            # Fenced, it is lost to us even if this record should never be durable.
+            self.lost.setdefault(group, Evidence(EvidenceKind.OPERATOR))
+        return [*self._fence(dropped), MakeDurable(transition)]
 
     def _stuck_reason(self) -> str:
         return f"no up-to-date leg is left to serve from: {'; '.join(map(str, self.lost.values()))}"
@@ -490,16 +494,15 @@ class Failover:
         return self._record()
 
     def _on_drained_held(self, event: Drained) -> list[Effect]:
-        # What was late has answered after all: the active leg is as good as its word again.
-        evidence = self.lost.get(self.record.active)
-        if (
-            evidence is None
-            or evidence.kind is not EvidenceKind.DEADLINE
-            or self.record.active in self.fenced
-        ):
-            return []
-        del self.lost[self.record.active]
-        return self._begin()
+        # What was late has answered after all: legs that were only late are as good as their word again.
+        late = [
+            group
+            for group, evidence in self.lost.items()
+            if evidence.kind is EvidenceKind.DEADLINE and group not in self.fenced
+        ]
+        for group in late:
+            del self.lost[group]
+        return self._begin() if late and self._plan() is not None else []
 
     def _on_recorded(self, event: Recorded) -> list[Effect]:
         assert self._transition is not None

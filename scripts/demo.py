@@ -151,7 +151,7 @@ def start_manager(directory: Path) -> subprocess.Popen[bytes]:
 def start_load(directory: Path, uri: str) -> subprocess.Popen[bytes]:
     """fio: 32 verified requests in flight on the disk's address."""
     command = [
-        "fio", "--name=load", "--ioengine=nbd", f"--uri={uri}", "--rw=randrw", "--bs=4k", "--iodepth=32",
+        "fio", "--name=load", "--thread", "--ioengine=nbd", f"--uri={uri}", "--rw=randrw", "--bs=4k", "--iodepth=32",
         "--size=140m", "--time_based", f"--runtime={LOAD_S}", "--verify=crc32c", "--verify_backlog=1024",
         "--verify_fatal=1", "--verify_state_save=0", "--output-format=json", f"--output={directory / 'fio.json'}",
     ]  # fmt: skip
@@ -198,7 +198,8 @@ def demonstrate(cleanup: ExitStack) -> None:
 
     say("What became of it")
     after = ask("domain", "show", "vol1")
-    result = json.loads((directory / "fio.json").read_text())["jobs"][0]
+    report = (directory / "fio.json").read_text()
+    result = json.loads(report[report.find("{") :])["jobs"][0]  # fio puts a greeting before it
     done = result["read"]["total_ios"] + result["write"]["total_ios"]
     failover = after["last_failover"] or {}
     standfast("domain", "show", "vol1")
@@ -252,7 +253,7 @@ def main() -> int:
     with ExitStack() as cleanup:
         try:
             demonstrate(cleanup)
-        except (DemoError, subprocess.SubprocessError) as error:
+        except (DemoError, OSError, ValueError, subprocess.SubprocessError) as error:
             print(f"\ndemo: {error}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:

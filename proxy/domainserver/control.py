@@ -11,7 +11,7 @@ import trio
 from proxy.domainserver.doors import Doors, export_of
 from proxy.domainserver.legs import DeviceOrder, LegError, open_leg
 from proxy.engine import Engine, Event, EventKind, LegRole, RequestKind
-from proxy.errors import NBD_ERROR_BY_ERRNO
+from proxy.errors import NBD_ERROR_BY_ERRNO, RefusedError
 from proxy.extentmap import ExtentMap
 from proxy.wire import Decoder, Frame, WireError
 
@@ -152,6 +152,8 @@ class Server:
             if handler is None:
                 raise ValueError(f"unknown command {operation!r}")
             answer["result"] = await handler(self, frame)
+        except RefusedError as error:
+            answer["error"] = {"text": str(error)}
         except LegError as error:
             answer["error"] = {"text": str(error), "position": error.position, "errno": error.error_number}
         except Exception as error:
@@ -236,7 +238,10 @@ class Server:
             return
         assert self._nursery is not None
         host, _, port = address.rpartition(":")
-        await self._nursery.start(self.doors.serve_tcp, host.strip("[]"), int(port))
+        try:
+            await self._nursery.start(self.doors.serve_tcp, host.strip("[]"), int(port))
+        except OSError as error:
+            raise RefusedError(f"cannot listen on {address}: {error.strerror}") from error
         self._listening = address
 
     async def _hold(self, frame: Frame) -> int:

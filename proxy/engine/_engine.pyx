@@ -658,13 +658,13 @@ cdef class SimulatedEngine(Engine):
             sim_wait(&self.sim.face, self.core, 0)
             settle_all(self.core)
 
-    def pending(self):
-        """Operations submitted and not completed, in order of submission."""
+    def pending(self, uint64_t after=0):
+        """Operations submitted and not completed, in order of submission; only those numbered above ``after``."""
         cdef Op *op = self.sim.pending
         cdef uint64_t length
         cdef size_t i
         cdef list found = []
-        while op != NULL:
+        while op != NULL and op.number > after:
             length = op.length
             if op.kind == OP_RECEIVE or op.kind == OP_SEND:
                 length = 0

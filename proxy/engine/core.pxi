@@ -373,7 +373,7 @@ cdef struct Core:
     bint drain_reported
     bint stopping
     uint32_t running
-    uint64_t busy_ns           # when something was last in flight
+    uint64_t busy_ns           # when a request last came in
     uint64_t stop_ns           # when it was told to stop
     # Requests
     RequestList free_requests

@@ -103,7 +103,6 @@ cdef void step(Core *core) noexcept nogil:
     cdef uint64_t patience = IDLE_NS
     if anything_in_flight(core):
         patience = TICK_NS
-        core.busy_ns = core.now_ns
     elif core.now_ns - core.busy_ns > GIVE_BACK_NS:
         arena_give_back(&core.arena)
     core.ring.wait(core.ring, core, patience)

@@ -39,7 +39,7 @@ cdef void map_release(Core *core, Map *map) noexcept nogil:
 
 cdef void admit(Core *core, Request *request) noexcept nogil:
     """Take in a request whose kind, disk, offset, length, flags and buffers are set."""
-    request.admitted_ns = core.now_ns
+    request.admitted_ns = core.busy_ns = core.now_ns
     request.claim_offset = request.offset & ~<uint64_t>(CLAIM_BLOCK - 1)
     request.claim_end = (request.offset + request.length + CLAIM_BLOCK - 1) & ~<uint64_t>(CLAIM_BLOCK - 1)
     request.exclusive = request.kind == WRITE or request.kind == ZERO or request.kind == TRIM

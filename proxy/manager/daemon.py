@@ -4,6 +4,8 @@ import fcntl
 import logging
 import os
 import signal
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,44 +45,53 @@ def serve(places: Places, settings: Settings, *, keep_domains: bool) -> None:
     Raises:
         StandfastError: it cannot begin; nothing was changed.
     """
-    _make(places.state, "--state")
-    _make(places.run, "--run")
     socket = places.run / CONTROL_SOCKET
     if len(bytes(socket)) > SOCKET_PATH_MAX:
         raise RefusedError(
             f"the control socket {socket} would have a path of {len(bytes(socket))} bytes; the system allows "
             f"{SOCKET_PATH_MAX}: use a shorter --run directory"
         )
-    lock = _lock(places.state)
-    try:
+    with ExitStack() as taken, ExitStack() as undo:
+        for directory, option in ((places.state, "--state"), (places.run, "--run")):
+            _make(directory, option, undo)
+            taken.callback(os.close, _lock(directory, option, undo))
         store = SqliteStore(places.state / "standfast.db")
-        try:
-            trio.run(_main, places, Service(store, settings, places.run), keep_domains)
-        finally:
-            store.close()
-    finally:
-        os.close(lock)
+        taken.callback(store.close)
+        undo.pop_all()  # from here on nothing is refused any more
+        trio.run(_main, places, Service(store, settings, places.run), keep_domains)
 
 
-def _make(directory: Path, option: str) -> None:
+def _make(directory: Path, option: str, undo: ExitStack) -> None:
+    """Make a directory and its parents; ``undo`` removes again what was not there before."""
+    missing = [one for one in (directory, *directory.parents) if not one.exists()]
     try:
-        directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+        for one in reversed(missing):
+            one.mkdir(mode=0o755, exist_ok=True)
+            undo.callback(_remove, one.rmdir)
     except OSError as error:
         raise RefusedError(f"{option} directory {directory} cannot be made: {error.strerror}") from error
 
 
-def _lock(state: Path) -> int:
+def _remove(removal: Callable[[], None]) -> None:
+    with suppress(OSError):
+        removal()
+
+
+def _lock(directory: Path, option: str, undo: ExitStack) -> int:
+    """Take a directory for this process alone; the open lock file."""
+    path = directory / "lock"
+    is_new = not path.exists()
     try:
-        lock = os.open(state / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise RefusedError(f"--state directory {state} cannot be written: {error.strerror}") from error
+        raise RefusedError(f"{option} directory {directory} cannot be written: {error.strerror}") from error
+    if is_new:
+        undo.callback(_remove, path.unlink)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(lock)
-        raise RefusedError(
-            f"another manager is running on the state directory {state}; end it first"
-        ) from None
+        raise RefusedError(f"another manager uses the {option} directory {directory}; end it first") from None
     return lock
 
 
@@ -114,3 +125,4 @@ async def _wait_signal(
         task_status.started()
         async for _ in signals:
             stop.set()
+            return  # the next one ends the process at once

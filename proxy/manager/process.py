@@ -54,12 +54,14 @@ def find(directory: Path) -> Process | None:
     """The domain server that serves from ``directory`` now, or None.
 
     Raises:
-        StartError: one is just coming up or going down; look again.
+        StartError: one is just coming up or going down, so look again; or the directory is no good.
     """
     try:
         lock = os.open(directory / "lock", os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise StartError(f"its directory {directory} cannot be used: {error.strerror}") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return None
@@ -80,27 +82,16 @@ def start(name: str, directory: Path, *, deadline_ms: int) -> Process:
     Raises:
         StartError: it cannot be started.
     """
-    directory.mkdir(mode=0o750, exist_ok=True)
+    command = [sys.executable, "-m", "proxy.domainserver", name]
+    command += ["--directory", str(directory), "--deadline-ms", str(deadline_ms)]
     try:
+        directory.mkdir(mode=0o755, exist_ok=True)
         with open(directory / "server.log", "ab") as output:
             child = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "proxy.domainserver",
-                    name,
-                    "--directory",
-                    str(directory),
-                    "--deadline-ms",
-                    str(deadline_ms),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
             )
     except OSError as error:
-        raise StartError(f"the domain server of {name} cannot be started: {error}") from error
+        raise StartError(f"its domain server cannot be started: {error}") from error
     return Process(child.pid, os.pidfd_open(child.pid), child)
 
 

@@ -42,6 +42,8 @@ log = logging.getLogger("standfast.service")
 SOCKET_PATH_MAX = 107
 #: How long a new domain has to begin to serve before it is taken back.
 CREATE_TIMEOUT_S = 60
+#: How long an ordered failover waits to learn what clients felt of it: a moment after it is over.
+RECEIPT_PATIENCE_S = 2
 
 
 class Service:
@@ -283,6 +285,13 @@ class Service:
 
         before = await supervisor.do(begin)
         await self._wait_settled(supervisor, before)
+        with trio.move_on_after(RECEIPT_PATIENCE_S):
+            while True:
+                version = self.version
+                domain = self.store.domain(name)
+                if domain.last_failover is None or domain.last_failover.stall_ms is not None:
+                    return domain
+                await self.wait_change(version, RECEIPT_PATIENCE_S)
         return self.store.domain(name)
 
     async def _wait_settled(self, supervisor: Supervisor, generation: int) -> None:

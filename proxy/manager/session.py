@@ -326,6 +326,7 @@ class Session:
         except StoreError as error:
             log.warning("domain %s: what clients felt of the failover is not recorded: %s", self.name, error)
         self._unsettled = None
+        self._changed()
 
     # --- The machine ------------------------------------------------------------------------------
 

@@ -135,9 +135,13 @@ class Supervisor:
                     began = trio.current_time()
                     try:
                         await self._serve()
-                    except (ServerGoneError, CommandError, process.StartError, StoreError) as error:
+                    except StandfastError as error:
                         if not self._stopping:
                             self._fail(error)
+                    except Exception as error:
+                        # The boundary: whatever one domain runs into, the others are supervised on.
+                        log.exception("domain %s: the supervisor failed; it begins again", self.name)
+                        self._fail(StandfastError(f"the supervisor failed inside ({error!r}); see the log"))
                     if trio.current_time() - began > RESTART_FORGET_S:
                         pause_s = RESTART_FIRST_S
                     if not self._stopping:

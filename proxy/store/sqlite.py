@@ -151,20 +151,28 @@ class SqliteStore:
         self._path = path
         with self._errors():
             self._db = sqlite3.connect(path, isolation_level=None)
+            self._check_version()
             self._db.execute("PRAGMA foreign_keys = ON")
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
             self._migrate()
 
-    def _migrate(self) -> None:
+    def _version(self) -> int:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
+        return int(version)
+
+    def _check_version(self) -> None:
+        """Refuse a store of a newer version before anything of it is touched."""
+        version = self._version()
         if version > SCHEMA_VERSION:
             self._db.close()
             raise StoreError(
                 f"the store {self._path} was written by a newer Standfast (schema {version}, this one knows "
                 f"{SCHEMA_VERSION}); install that version again, or use another --state directory"
             )
-        for number in range(version, SCHEMA_VERSION):
+
+    def _migrate(self) -> None:
+        for number in range(self._version(), SCHEMA_VERSION):
             # executescript() would commit by itself, half-way: the script is one transaction of its own.
             self._db.executescript(
                 f"BEGIN; {_MIGRATIONS[number]} PRAGMA user_version = {number + 1}; COMMIT;"
@@ -245,7 +253,9 @@ class SqliteStore:
             self._insert_events(
                 [
                     NewEvent(
-                        Severity.INFO, "group-created", f"group {name} was made of {len(devices)} devices"
+                        Severity.INFO,
+                        "group-created",
+                        f"group {name} was made of {len(devices)} device{'s' * (len(devices) > 1)}",
                     )
                 ],
                 at,

@@ -1,0 +1,104 @@
+"""``standfast domain``: logical storage domains."""
+
+import math
+from typing import Annotated
+
+import typer
+
+from proxy.cli import render, waiting
+from proxy.cli.client import Manager
+from proxy.cli.objects import DomainObject
+from proxy.cli.options import RUN_DEFAULT, DomainName, Force, Json, Run, Size, branch
+from proxy.cli.output import done, show
+from proxy.sizes import format_size
+
+app = branch("Logical storage domains: addresses that stay while the groups behind them change.")
+
+
+@app.command()
+def create(
+    name: DomainName,
+    size: Size,
+    active: Annotated[str, typer.Option(metavar="GROUP", help="The group that serves.")],
+    backup: Annotated[
+        list[str] | None,
+        typer.Option(metavar="GROUP", help="A group that can take over; once for each, the preferred first."),
+    ] = None,
+    replication: Annotated[
+        str, typer.Option(metavar="sync|async", help="Whether writes wait for backups.")
+    ] = "sync",
+    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Serve on this TCP address too.")] = "",
+    as_json: Json = False,
+    run: Run = RUN_DEFAULT,
+) -> None:
+    """Make a domain and put it online; its first sync goes on in the background."""
+    body = {
+        "name": name,
+        "size": size,
+        "active": active,
+        "backups": backup or [],
+        "replication": replication,
+        "listen": listen,
+    }
+    domain: DomainObject = Manager(run).post("domains", body=body)
+    text = f"domain {name} created: {format_size(domain['size'])}, {domain['state']}, active is {active}"
+    done(domain, text, as_json=as_json)
+
+
+@app.command("list")
+def list_domains(as_json: Json = False, run: Run = RUN_DEFAULT) -> None:
+    """List the domains."""
+    show(Manager(run).get("domains"), render.domains_table, as_json=as_json)
+
+
+@app.command("show")
+def show_domain(name: DomainName, as_json: Json = False, run: Run = RUN_DEFAULT) -> None:
+    """Show a domain: its disks, legs, devices and map."""
+    show(Manager(run).get("domains", name), render.domain_page, as_json=as_json)
+
+
+@app.command()
+def start(name: DomainName, as_json: Json = False, run: Run = RUN_DEFAULT) -> None:
+    """Put a domain online."""
+    domain: DomainObject = Manager(run).post("domains", name, "start")
+    done(domain, f"domain {name} is {domain['state']}", as_json=as_json)
+
+
+@app.command()
+def stop(name: DomainName, force: Force = False, as_json: Json = False, run: Run = RUN_DEFAULT) -> None:
+    """Take a domain offline, for maintenance."""
+    domain: DomainObject = Manager(run).post("domains", name, "stop", force=force)
+    done(domain, f"domain {name} is in maintenance", as_json=as_json)
+
+
+app.command("activate", help="The same as start.")(start)
+app.command("maintenance", help="The same as stop.")(stop)
+
+
+@app.command()
+def remove(name: DomainName, force: Force = False, as_json: Json = False, run: Run = RUN_DEFAULT) -> None:
+    """Remove a domain with all its disks, and what is on them."""
+    answer = Manager(run).delete("domains", name, force=force)
+    done(answer, f"domain {name} removed", as_json=as_json)
+
+
+def _check_timeout(seconds: float | None) -> float | None:
+    if seconds is not None and (math.isnan(seconds) or seconds < 0):
+        raise typer.BadParameter("it is a number of seconds, 0 or more")
+    return seconds
+
+
+@app.command()
+def wait(
+    name: DomainName,
+    timeout: Annotated[
+        float | None,
+        typer.Option(metavar="S", callback=_check_timeout, help="Seconds after which to give up."),
+    ] = None,
+    as_json: Json = False,
+    run: Run = RUN_DEFAULT,
+) -> None:
+    """Wait until a domain is online and every backup is uptodate."""
+    with waiting.watcher(silent=as_json) as watch:
+        domain = waiting.wait_ready(Manager(run), name, timeout, watch)
+    done(domain, f"domain {name} is online and every backup is uptodate", as_json=as_json)

@@ -1,0 +1,146 @@
+"""The shapes of the manager's answers, as far as the command line looks into them. Sizes are in bytes."""
+
+from typing import Any, NotRequired, TypedDict
+
+
+class DeviceObject(TypedDict):
+    """A device of a group or of a leg; counters only of a leg that is open."""
+
+    position: int
+    url: str
+    size: int
+    errors: NotRequired[int]
+    in_flight: NotRequired[int]
+    lost: NotRequired[bool]
+
+
+class GroupObject(TypedDict):
+    """A group; ``free`` is what domains have not taken of ``size``."""
+
+    name: str
+    uuid: str
+    layout: str
+    size: int
+    free: int
+    domains: list[str]
+    devices: list[DeviceObject]
+
+
+class ExtentObject(TypedDict):
+    """A run of domain bytes and where it lies; ``device`` is a position in the group."""
+
+    offset: int
+    length: int
+    device: int
+    device_offset: int
+
+
+class SyncObject(TypedDict):
+    """How far a leg's sync has come."""
+
+    copied: int
+    total: int
+
+
+class LegSummary(TypedDict):
+    """A leg in a list of domains."""
+
+    group: str
+    role: str
+    state: str
+    blocked: bool
+
+
+class LegObject(LegSummary):
+    """A leg; ``extents`` are the first of ``extent_count``."""
+
+    reason: str | None
+    dirty_bytes: int
+    sync: SyncObject | None
+    devices: list[DeviceObject]
+    extent_count: int
+    extents: list[ExtentObject]
+
+
+# By calls, because ``from`` is a keyword.
+FailoverObject = TypedDict(
+    "FailoverObject",
+    {
+        "at": str,
+        "reason": str,
+        "stall_ms": float | None,
+        "from": str,
+        "to": str,
+        "replayed": int | None,
+        "generation": int,
+    },
+)
+PlanObject = TypedDict(
+    "PlanObject", {"domain": str, "from": str, "to": str, "before": LegObject, "after": LegObject}
+)
+
+
+class DiskObject(TypedDict):
+    """A disk and the addresses it is reached at."""
+
+    domain: str
+    name: str
+    size: int
+    clients: int
+    nbd_uri: str
+    nbd_tcp_uri: str | None
+    path: NotRequired[str]
+
+
+class DomainSummary(TypedDict):
+    """A domain in a list; ``disks`` is their number."""
+
+    name: str
+    state: str
+    size: int
+    map_generation: int
+    active: str
+    legs: list[LegSummary]
+    disks: int
+
+
+class DomainObject(TypedDict):
+    """A domain; ``version`` is what a long poll for its next change begins from."""
+
+    name: str
+    uuid: str
+    state: str
+    size: int
+    map_generation: int
+    active: str
+    replication: str
+    address: str
+    listen: str | None
+    trouble: str
+    legs: list[LegObject]
+    clients: int
+    disks: list[DiskObject]
+    statistics: dict[str, Any] | None
+    last_failover: FailoverObject | None
+    version: NotRequired[int]
+
+
+class StatusObject(TypedDict):
+    """The manager and its domains."""
+
+    ready: bool
+    pid: int
+    run: str
+    domains: list[DomainSummary]
+    last_event: int
+
+
+class EventObject(TypedDict):
+    """Something that happened."""
+
+    id: int
+    at: str
+    severity: str
+    domain: str | None
+    kind: str
+    message: str

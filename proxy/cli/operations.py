@@ -1,0 +1,64 @@
+"""``standfast failover``, ``failback``, ``resync``, ``verify``: what is done with a domain's legs."""
+
+from typing import Annotated
+
+import typer
+
+from proxy.cli import render
+from proxy.cli.client import Manager
+from proxy.cli.objects import DomainObject
+from proxy.cli.options import RUN_DEFAULT, Json, Run
+from proxy.cli.output import done, show
+from proxy.cli.plan import plan_failover
+from proxy.errors import RefusedError
+
+Domain = Annotated[str, typer.Argument(metavar="DOMAIN", help="The domain's name.")]
+
+
+def failover(
+    name: Domain,
+    to: Annotated[
+        str | None, typer.Option(metavar="GROUP", help="The leg to go to; else the preferred one that can.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")
+    ] = False,
+    as_json: Json = False,
+    run: Run = RUN_DEFAULT,
+) -> None:
+    """Make another leg of a domain the active one; clients notice nothing but a short wait."""
+    manager = Manager(run)
+    if dry_run:
+        show(plan_failover(manager.get("domains", name), to), render.plan_page, as_json=as_json)
+        return
+    domain: DomainObject = manager.post("domains", name, "failover", body={"to": to})
+    last = domain["last_failover"]
+    stall = f"; clients waited {last['stall_ms']:.1f} ms" if last and last["stall_ms"] is not None else ""
+    done(domain, f"domain {name}: active is {domain['active']} now{stall}", as_json=as_json)
+
+
+def failback(name: Domain, as_json: Json = False, run: Run = RUN_DEFAULT) -> None:
+    """Return a domain to the leg it preferred (not in this version)."""
+    raise RefusedError(
+        f"this version cannot fail back by itself; do: standfast resync {name}, standfast domain wait {name}, "
+        f"standfast failover {name} --to GROUP"
+    )
+
+
+def resync(
+    name: Domain,
+    group: Annotated[
+        str | None, typer.Option(metavar="GROUP", help="Only this leg; else all outdated ones.")
+    ] = None,
+    as_json: Json = False,
+    run: Run = RUN_DEFAULT,
+) -> None:
+    """Bring outdated legs of a domain back; returns when the copy has begun."""
+    answer = Manager(run).post("domains", name, "resync", body={"group": group})
+    text = f"domain {name}: syncing {', '.join(answer['groups'])}"
+    done(answer, text, as_json=as_json)
+
+
+def verify(name: Domain, as_json: Json = False, run: Run = RUN_DEFAULT) -> None:
+    """Compare the legs of a domain (not in this version)."""
+    raise RefusedError(f"this version cannot verify the legs of a domain yet; nothing of {name} was compared")

@@ -1,0 +1,320 @@
+"""Objects of the manager as tables for people. Pure: what is shown; ``output`` knows how and where."""
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from proxy.cli.objects import (
+    DiskObject,
+    DomainObject,
+    DomainSummary,
+    EventObject,
+    ExtentObject,
+    FailoverObject,
+    GroupObject,
+    LegObject,
+    LegSummary,
+    PlanObject,
+    StatusObject,
+)
+from proxy.cli.readiness import percent
+from proxy.cli.text import count, printable
+from proxy.sizes import format_size
+
+#: Of one leg: enough to see its shape. ``--json`` has as many as the manager gives.
+EXTENTS_SHOWN = 8
+
+_STYLES = {
+    "online": "green",
+    "uptodate": "green",
+    "syncing": "yellow",
+    "degraded": "yellow",
+    "held": "yellow",
+    "maintenance": "yellow",
+    "outdated": "red",
+    "failed": "red",
+    "warning": "yellow",
+    "error": "red",
+}
+
+Cell = str | int | Text
+
+
+# --- Building blocks ------------------------------------------------------------------------------
+
+
+def _state(state: str) -> Text:
+    return Text(state, style=_STYLES.get(state, ""))
+
+
+def _text(cell: Cell) -> Text:
+    return cell if isinstance(cell, Text) else Text(printable(str(cell)))
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[Cell]]) -> Table:
+    """Rows under headings. A heading that begins with ``>`` is of numbers, set to the right."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in columns:
+        # An address that is cut short is of no use to anybody: fold it.
+        table.add_column(
+            column.removeprefix(">"), justify="right" if column[0] == ">" else "left", overflow="fold"
+        )
+    for row in rows:
+        table.add_row(*map(_text, row))
+    return table
+
+
+def _facts(facts: Iterable[tuple[str, Cell]]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, value in facts:
+        table.add_row(f"  {name}", _text(value))
+    return table
+
+
+def _title(*parts: str | Text) -> Text:
+    return Text.assemble(*((part, "bold") if isinstance(part, str) else part for part in parts))
+
+
+def _sections(*sections: RenderableType) -> Group:
+    """Sections with an empty line between each two."""
+    spaced: list[RenderableType] = []
+    for section in sections:
+        spaced += [section] if not spaced else [Text(), section]
+    return Group(*spaced)
+
+
+# --- Groups ---------------------------------------------------------------------------------------
+
+
+def groups_table(groups: Sequence[GroupObject]) -> RenderableType:
+    """A line for each group."""
+    return _table(
+        ["GROUP", "LAYOUT", ">SIZE", ">FREE", ">DEVICES", "DOMAINS"],
+        [
+            (
+                group["name"],
+                group["layout"],
+                format_size(group["size"]),
+                format_size(group["free"]),
+                len(group["devices"]),
+                ", ".join(group["domains"]) or "-",
+            )
+            for group in groups
+        ],
+    )
+
+
+def group_page(group: GroupObject) -> RenderableType:
+    """All there is to say of a group."""
+    return _sections(
+        Group(
+            _title(f"group {group['name']}"),
+            _facts(
+                [
+                    ("uuid", group["uuid"]),
+                    ("layout", group["layout"]),
+                    ("size", format_size(group["size"])),
+                    ("free", format_size(group["free"])),
+                    ("domains", ", ".join(group["domains"]) or "none"),
+                ]
+            ),
+        ),
+        _table(
+            [">DEVICE", ">SIZE", "URL"],
+            [(one["position"], format_size(one["size"]), one["url"]) for one in group["devices"]],
+        ),
+    )
+
+
+# --- Domains --------------------------------------------------------------------------------------
+
+
+def domains_table(domains: Sequence[DomainSummary]) -> RenderableType:
+    """A line for each domain."""
+    return _table(
+        ["DOMAIN", "STATE", ">SIZE", "ACTIVE", "BACKUPS", ">DISKS", ">GENERATION"],
+        [
+            (
+                domain["name"],
+                _state(domain["state"]),
+                format_size(domain["size"]),
+                domain["active"],
+                _backups(domain["legs"]),
+                domain["disks"],
+                domain["map_generation"],
+            )
+            for domain in domains
+        ],
+    )
+
+
+def _backups(legs: Iterable[LegSummary]) -> Text:
+    backups = [
+        Text.assemble(f"{leg['group']}:", _state(leg["state"])) for leg in legs if leg["role"] == "backup"
+    ]
+    return Text(", ").join(backups) if backups else Text("-")
+
+
+def domain_page(domain: DomainObject) -> RenderableType:
+    """All there is to say of a domain."""
+    sections: list[RenderableType] = [
+        Group(_title(f"domain {domain['name']}: ", _state(domain["state"])), _facts(_domain_facts(domain)))
+    ]
+    if domain["disks"]:
+        sections.append(disks_table(domain["disks"]))
+    sections += [
+        _legs_table(domain["legs"]),
+        _devices_table(domain["legs"]),
+        _table(
+            ["EXTENTS", ">OFFSET", ">LENGTH", ">DEVICE", ">DEVICE OFFSET"],
+            [row for leg in domain["legs"] for row in _extent_rows(leg)],
+        ),
+    ]
+    return _sections(*sections)
+
+
+def _domain_facts(domain: DomainObject) -> list[tuple[str, Cell]]:
+    facts: list[tuple[str, Cell]] = [
+        ("size", format_size(domain["size"])),
+        ("active", domain["active"]),
+        ("replication", domain["replication"]),
+        ("generation", domain["map_generation"]),
+        ("address", domain["address"]),
+        ("clients", domain["clients"]),
+        ("failover", _failover(domain["last_failover"])),
+    ]
+    if domain["listen"]:
+        facts.insert(5, ("listen", domain["listen"]))
+    if domain["trouble"]:
+        facts.insert(0, ("trouble", domain["trouble"]))
+    return facts
+
+
+def _failover(failover: FailoverObject | None) -> str:
+    if failover is None:
+        return "none yet"
+    felt = ""
+    if failover["stall_ms"] is not None:
+        felt = (
+            f", stalled {failover['stall_ms']:.1f} ms, {count(failover['replayed'] or 0, 'request')} replayed"
+        )
+    return f"{failover['at']} from {failover['from']} to {failover['to']}{felt}: {failover['reason']}"
+
+
+def _legs_table(legs: Sequence[LegObject]) -> RenderableType:
+    return _table(
+        ["LEG", "ROLE", "STATE", ">DIRTY", "SYNC", "REASON"],
+        [
+            (
+                leg["group"],
+                leg["role"],
+                Text.assemble(_state(leg["state"]), ", blocked" if leg["blocked"] else ""),
+                format_size(leg["dirty_bytes"]),
+                _sync(leg),
+                leg["reason"] or "-",
+            )
+            for leg in legs
+        ],
+    )
+
+
+def _sync(leg: LegObject) -> str:
+    sync = leg["sync"]
+    if sync is None:
+        return "-"
+    return f"{percent(sync)}% ({format_size(sync['copied'])} of {format_size(sync['total'])})"
+
+
+def _devices_table(legs: Sequence[LegObject]) -> RenderableType:
+    return _table(
+        ["DEVICES", ">DEVICE", ">SIZE", ">ERRORS", "URL"],
+        [
+            (
+                leg["group"],
+                device["position"],
+                format_size(device["size"]),
+                "lost" if device.get("lost") else device.get("errors", "-"),
+                device["url"],
+            )
+            for leg in legs
+            for device in leg["devices"]
+        ],
+    )
+
+
+def _extent_rows(leg: LegObject) -> list[tuple[Cell, ...]]:
+    shown = leg["extents"][:EXTENTS_SHOWN]
+    rows: list[tuple[Cell, ...]] = [(leg["group"], *_extent_cells(extent)) for extent in shown]
+    hidden = leg["extent_count"] - len(shown)
+    return [*rows, (f"{leg['group']}: {hidden} more", "", "", "", "")] if hidden else rows
+
+
+def _extent_cells(extent: ExtentObject) -> tuple[Cell, ...]:
+    return (extent["offset"], extent["length"], extent["device"], extent["device_offset"])
+
+
+def plan_page(plan: PlanObject) -> RenderableType:
+    """What a failover would do to the map."""
+    before, after = plan["before"], plan["after"]
+    return _sections(
+        Text(
+            f"domain {plan['domain']} would fail over from {plan['from']} to {plan['to']}: "
+            f"{count(before['extent_count'], 'extent')} before, {after['extent_count']} after; nothing was changed"
+        ),
+        *(
+            _table(
+                [heading, ">OFFSET", ">LENGTH", ">DEVICE", ">DEVICE OFFSET"],
+                _extent_rows(leg),
+            )
+            for heading, leg in (("BEFORE", before), ("AFTER", after))
+        ),
+    )
+
+
+# --- Disks ----------------------------------------------------------------------------------------
+
+
+def disks_table(disks: Sequence[DiskObject]) -> RenderableType:
+    """A line for each disk."""
+    return _table(
+        ["DISK", ">SIZE", "ADDRESS"],
+        [(f"{disk['domain']}/{disk['name']}", format_size(disk["size"]), disk["nbd_uri"]) for disk in disks],
+    )
+
+
+def disk_page(disk: DiskObject) -> RenderableType:
+    """All there is to say of a disk."""
+    facts: list[tuple[str, Cell]] = [
+        ("size", format_size(disk["size"])),
+        ("address", disk["nbd_uri"]),
+        ("clients", disk["clients"]),
+    ]
+    if disk["nbd_tcp_uri"]:
+        facts.insert(2, ("over TCP", disk["nbd_tcp_uri"]))
+    if path := disk.get("path"):
+        facts.insert(2, ("path", path))
+    return Group(_title(f"disk {disk['domain']}/{disk['name']}"), _facts(facts))
+
+
+# --- The manager ----------------------------------------------------------------------------------
+
+
+def status_page(status: StatusObject) -> RenderableType:
+    """The manager, and a line for each domain."""
+    first = Text(f"manager ready, pid {status['pid']}, run directory {printable(status['run'])}")
+    if not status["domains"]:
+        return Group(first, Text("no domains yet"))
+    return _sections(first, domains_table(status["domains"]))
+
+
+def event_line(event: EventObject) -> RenderableType:
+    """One event, as a line of a log."""
+    return Text.assemble(
+        f"{event['id']:>6}  {event['at']}  ",
+        Text(f"{event['severity']:<7}", style=_STYLES.get(event["severity"], "")),
+        f"  {event['domain'] or '-':<12}  {printable(event['message'])}",
+    )

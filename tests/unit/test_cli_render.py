@@ -1,0 +1,164 @@
+"""What people see: whole addresses for programs, no codes where there is no terminal, nobody's escapes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from rich.console import RenderableType
+
+from proxy.cli import render
+from proxy.cli.output import Surface, lay_out
+from proxy.cli.plan import plan_failover
+from proxy.cli.text import count, printable
+from tests.unit.cli_objects import disk, domain, event, group, leg
+
+LONG_NAME = "d" * 63
+LONG_URI = f"nbd+unix:///{LONG_NAME}?socket=/a/very/deep/place/" + "x" * 200
+
+
+def lines(content: RenderableType, surface: Surface | None = None) -> list[str]:
+    return lay_out(content, surface or Surface()).splitlines()
+
+
+def test_disks_table_for_a_program_cuts_and_folds_nothing() -> None:
+    page = lines(render.disks_table([disk(LONG_NAME, nbd_uri=LONG_URI)]))
+    assert page[0].split() == ["DISK", "SIZE", "ADDRESS"]
+    assert page[1].split() == [f"vol1/{LONG_NAME}", "1M", LONG_URI]
+
+
+def test_disks_table_on_a_narrow_terminal_folds_and_loses_nothing() -> None:
+    page = lines(render.disks_table([disk(nbd_uri=LONG_URI)]), Surface(width=60))
+    assert all(len(line) <= 60 for line in page)
+    assert "".join(line[len("vol1/disk1  ") :].strip() for line in page[1:]).endswith("x" * 200)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        render.groups_table([group()]),
+        render.group_page(group()),
+        render.domains_table([]),
+        render.domain_page(domain(disks=[disk()])),
+        render.disk_page(disk()),
+        render.plan_page(plan_failover(domain(), None)),
+        render.event_line(event(1, severity="error")),
+        render.status_page({"ready": True, "pid": 1, "run": "/r", "domains": [], "last_event": 0}),
+    ],
+)
+def test_pages_without_a_terminal_have_no_codes_and_no_blanks_at_line_ends(page: RenderableType) -> None:
+    text = lay_out(page, Surface())
+    assert text
+    assert text.isascii()
+    assert "\x1b" not in text
+    assert all(line == line.rstrip() for line in text.splitlines())
+
+
+def test_states_on_a_colour_terminal_are_coloured() -> None:
+    assert "\x1b[32monline" in lay_out(render.domain_page(domain()), Surface(width=100, color=True))
+
+
+def test_group_page_shows_brackets_of_a_url_as_they_are() -> None:
+    device = {"position": 0, "url": "nbd://[::1]:10809/[red]x", "size": 1 << 20}
+    assert "nbd://[::1]:10809/[red]x" in lay_out(render.group_page(group(devices=[device])), Surface())
+
+
+def test_event_line_writes_escape_sequences_of_others_as_text() -> None:
+    (line,) = lines(render.event_line(event(3, "a\x1b[2Jb\nc")))
+    assert line.endswith(r"a\x1b[2Jb c")
+
+
+def test_domain_page_shows_what_an_operator_looks_for() -> None:
+    page = lines(
+        render.domain_page(
+            domain(
+                leg("alpha", "active"),
+                leg("beta", "backup", "syncing", dirty_bytes=1 << 19, sync={"copied": 1, "total": 2}),
+                leg("gamma", "backup", "outdated", blocked=True),
+                state="degraded",
+                trouble="clients wait",
+                listen="127.0.0.1:10809",
+                disks=[disk()],
+                last_failover={
+                    "at": "2026-01-02T03:04:05.678+00:00",
+                    "reason": "ordered by the operator",
+                    "stall_ms": 12.34,
+                    "from": "gamma",
+                    "to": "alpha",
+                    "replayed": 1,
+                    "generation": 4,
+                },
+            )
+        )
+    )
+    words = [line.split() for line in page]
+    assert ["domain", "vol1:", "degraded"] in words
+    assert ["listen", "127.0.0.1:10809"] in words
+    assert ["beta", "backup", "syncing", "512K", "50%", "(1", "of", "2)", "-"] in words
+    assert ["gamma", "backup", "outdated,", "blocked", "0", "-", "-"] in words
+    assert "  trouble      clients wait" in page
+    assert (
+        "  failover     2026-01-02T03:04:05.678+00:00 from gamma to alpha, stalled 12.3 ms, "
+        "1 request replayed: ordered by the operator"
+    ) in page
+
+
+def test_domain_page_right_after_a_failover_leaves_out_what_is_not_known_yet() -> None:
+    receipt: dict[str, Any] = {
+        "at": "now",
+        "reason": "why",
+        "stall_ms": None,
+        "from": "a",
+        "to": "b",
+        "replayed": None,
+        "generation": 2,
+    }
+    assert "now from a to b: why" in lay_out(render.domain_page(domain(last_failover=receipt)), Surface())
+
+
+def test_domain_page_shows_the_first_extents_and_counts_the_others() -> None:
+    extents = [{"offset": n, "length": 1, "device": 0, "device_offset": n} for n in range(64)]
+    page = lines(render.domain_page(domain(leg("alpha", "active", extents=extents, extent_count=1000))))
+    assert sum(line.startswith("alpha ") and line.split()[-3] == "1" for line in page) == render.EXTENTS_SHOWN
+    assert page[-1] == f"alpha: {1000 - render.EXTENTS_SHOWN} more"
+
+
+def test_domain_page_of_a_leg_that_is_not_open_has_no_error_counts() -> None:
+    device = {"position": 0, "url": "file:///a", "size": 1 << 20}
+    page = lines(render.domain_page(domain(leg("alpha", "active", devices=[device]))))
+    assert ["alpha", "0", "1M", "-", "file:///a"] in [line.split() for line in page]
+
+
+def test_domains_table_shows_every_backup_with_its_state() -> None:
+    shown: Any = [
+        {
+            "name": "vol1",
+            "state": "online",
+            "size": 1 << 20,
+            "map_generation": 5,
+            "active": "alpha",
+            "legs": [leg("alpha", "active"), leg("beta", "backup"), leg("gamma", "backup", "outdated")],
+            "disks": 1,
+        }
+    ]
+    assert lines(render.domains_table(shown))[1].split() == [
+        *("vol1", "online", "1M", "alpha", "beta:uptodate,", "gamma:outdated", "1", "5")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain", "plain"),
+        ("two\nlines\tand  blanks", "two lines and blanks"),
+        ("\x1b]0;title\x07", r"\x1b]0;title\x07"),
+        ("caf\u00e9", "caf\u00e9"),
+        ("\u202egnp", r"\u202egnp"),
+    ],
+)
+def test_printable_is_one_line_without_control_characters(text: str, shown: str) -> None:
+    assert printable(text) == shown
+
+
+@pytest.mark.parametrize(("number", "shown"), [(0, "0 devices"), (1, "1 device"), (2, "2 devices")])
+def test_count_says_one_and_many(number: int, shown: Sequence[str]) -> None:
+    assert count(number, "device") == shown
