@@ -17,7 +17,6 @@ wait, nothing is acknowledged, and the active leg of the record stays the one wh
 """
 
 import errno
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
@@ -71,7 +70,7 @@ class Evidence:
             EvidenceKind.UNREACHABLE: "cannot be used",
             EvidenceKind.OPERATOR: "ordered by the operator",
         }[self.kind]
-        cause = self.detail or (os.strerror(self.error_number) if self.error_number else "")
+        cause = self.detail or (f"errno {self.error_number}" if self.error_number else "")
         return f"{self.device} {what}".strip() + (f" ({cause})" if cause else "")
 
 

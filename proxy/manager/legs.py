@@ -1,6 +1,7 @@
 """The legs of one domain as they stand in its domain server: opened, trusted, on their way out."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -173,7 +174,8 @@ class Legs:
 
 def evidence_of(leg: Leg, event: Mapping[str, Any]) -> Evidence:
     """What an event of the domain server says against a leg."""
-    return Evidence(_EVIDENCE[event["kind"]], leg.group.devices[event["device"]].url, event["code"])
+    code = event["code"]
+    return Evidence(_EVIDENCE[event["kind"]], leg.group.devices[event["device"]].url, code, os.strerror(code))
 
 
 def is_evidence(event: Mapping[str, Any]) -> bool:

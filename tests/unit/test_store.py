@@ -1,0 +1,174 @@
+"""The SQLite store: what goes in comes out, refusals change nothing, a failover touches only its tables."""
+
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from uuid import UUID, uuid4
+
+import pytest
+
+from proxy.errors import NotFoundError, RefusedError, StoreError
+from proxy.extentmap import Range, Run
+from proxy.failover import LegRecord, Record
+from proxy.model import Desired, FailoverReceipt, Layout, LayoutKind, LegState, Replication, Severity
+from proxy.store import Change, DiskRecord, DomainRecord, NewDevice, NewEvent
+from proxy.store.sqlite import SCHEMA_VERSION, SqliteStore
+
+RECORD = Record(1, "alpha", (LegRecord("alpha", LegState.UPTODATE), LegRecord("beta", LegState.SYNCING)))
+RUNS = {"alpha": (Run(0, 65536, 1 << 20), Run(1, 65536, 1 << 20)), "beta": (Run(0, 65536, 2 << 20),)}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[SqliteStore]:
+    opened = SqliteStore(tmp_path / "store.db")
+    yield opened
+    opened.close()
+
+
+def devices(count: int) -> list[NewDevice]:
+    return [NewDevice(uuid4(), 50 << 20, 65536, f"file:///d{number}") for number in range(count)]
+
+
+def filled(store: SqliteStore) -> DomainRecord:
+    store.add_group("alpha", uuid4(), Layout(LayoutKind.LINEAR), devices(2), 1.0)
+    store.add_group("beta", uuid4(), Layout(LayoutKind.STRIPED, 1 << 20), devices(1), 1.0)
+    return store.add_domain("vol1", uuid4(), 2 << 20, Replication.SYNC, "", RECORD, RUNS, 2.0)
+
+
+def rows(path: Path, table: str) -> list[tuple[object, ...]]:
+    connection = sqlite3.connect(path)
+    try:
+        return connection.execute(f"SELECT * FROM {table}").fetchall()
+    finally:
+        connection.close()
+
+
+def test_group_round_trip_keeps_layout_order_and_urls(store: SqliteStore) -> None:
+    made = devices(3)
+    store.add_group("alpha", UUID(int=7), Layout(LayoutKind.STRIPED, 1 << 16), made, 1.0)
+    group = store.group("alpha")
+    assert (group.uuid, group.layout) == (UUID(int=7), Layout(LayoutKind.STRIPED, 1 << 16))
+    assert [(d.position, d.uuid, d.url) for d in group.devices] == [
+        (number, device.uuid, device.url) for number, device in enumerate(made)
+    ]
+
+
+def test_names_taken_are_refused_and_nothing_is_added(store: SqliteStore, tmp_path: Path) -> None:
+    filled(store)
+    before = [rows(tmp_path / "store.db", table) for table in ("groups", "devices", "domains", "runs")]
+    with pytest.raises(RefusedError, match="already"):
+        store.add_group("alpha", uuid4(), Layout(LayoutKind.LINEAR), devices(1), 1.0)
+    with pytest.raises(RefusedError, match="already"):
+        store.add_domain("vol1", uuid4(), 1, Replication.SYNC, "", RECORD, RUNS, 2.0)
+    assert [
+        rows(tmp_path / "store.db", table) for table in ("groups", "devices", "domains", "runs")
+    ] == before
+
+
+def test_group_in_use_is_not_removed(store: SqliteStore) -> None:
+    filled(store)
+    with pytest.raises(RefusedError, match="used by domain vol1"):
+        store.remove_group("alpha", 3.0)
+    store.remove_domain("vol1", 3.0)
+    store.remove_group("alpha", 3.0)
+    assert [group.name for group in store.groups()] == ["beta"]
+    assert store.taken("beta") == []
+
+
+def test_unknown_names_are_not_found(store: SqliteStore) -> None:
+    for call in (store.group, store.domain):
+        with pytest.raises(NotFoundError):
+            call("nothing")
+
+
+def test_domain_round_trip_after_reopening(store: SqliteStore, tmp_path: Path) -> None:
+    filled(store)
+    store.close()
+    again = SqliteStore(tmp_path / "store.db")
+    domain = again.domain("vol1")
+    assert domain.record == RECORD
+    assert domain.runs == RUNS
+    assert (domain.desired, domain.session_open, domain.last_failover) == (Desired.ONLINE, False, None)
+    assert again.domains() == [domain]
+    again.close()
+
+
+def test_failover_changes_connection_details_and_never_the_domain(store: SqliteStore, tmp_path: Path) -> None:
+    domain = filled(store)
+    untouched = ("domains", "disks", "disk_ranges", "runs", "groups", "devices", "connections")
+    before = {table: rows(tmp_path / "store.db", table) for table in untouched}
+    after = Record(
+        2, "beta", (LegRecord("alpha", LegState.OUTDATED, blocked=True), LegRecord("beta", LegState.UPTODATE))
+    )
+    receipt = FailoverReceipt(2, 5.0, "a device is gone", "alpha", "beta")
+    store.change(domain.domain.id, Change(record=after, session_open=True, failover=receipt), 5.0)
+    assert {table: rows(tmp_path / "store.db", table) for table in untouched} == before
+    changed = store.domain("vol1")
+    assert (changed.record, changed.session_open, changed.last_failover) == (after, True, receipt)
+    store.settle_failover(domain.domain.id, 2, 8.5, 32)
+    settled = store.domain("vol1").last_failover
+    assert settled is not None
+    assert (settled.stall_ms, settled.replayed) == (8.5, 32)
+
+
+def test_change_that_fails_half_way_changes_nothing(store: SqliteStore) -> None:
+    domain = filled(store)
+    disk = DiskRecord(1, "d", 4096, (Range(0, 65536),), ready=True)
+    store.change(domain.domain.id, Change(add_disk=disk), 3.0)
+    bumped = Record(2, "alpha", RECORD.legs)
+    with pytest.raises(StoreError):
+        store.change(domain.domain.id, Change(record=bumped, add_disk=disk), 4.0)  # the number is taken
+    assert store.domain("vol1").record == RECORD
+
+
+def test_generation_never_goes_back(store: SqliteStore) -> None:
+    domain = filled(store)
+    with pytest.raises(AssertionError):
+        store.change(domain.domain.id, Change(record=RECORD), 3.0)
+
+
+def test_disk_life_keeps_numbers_unique(store: SqliteStore) -> None:
+    domain = filled(store).domain.id
+    assert store.next_disk_number(domain) == 1
+    store.change(domain, Change(add_disk=DiskRecord(1, "d", 4096, (Range(0, 65536),), ready=False)), 3.0)
+    store.change(domain, Change(ready_disk=1), 3.0)
+    grown = DiskRecord(1, "d", 1 << 20, (Range(0, 65536), Range(131072, 1 << 20)), ready=True)
+    store.change(domain, Change(resize_disk=grown), 3.0)
+    assert store.domain("vol1").disks == (grown,)
+    store.change(domain, Change(remove_disk=1), 3.0)
+    assert store.domain("vol1").disks == ()
+    assert store.next_disk_number(domain) == 2
+
+
+def test_events_come_back_in_order_after_an_id(store: SqliteStore) -> None:
+    for number in range(5):
+        store.add_events([NewEvent(Severity.INFO, "kind", f"message {number}", "vol1")], float(number))
+    assert [event.message for event in store.events(2, 2)] == ["message 2", "message 3"]
+    assert store.last_event_id() == 5
+
+
+def test_store_of_a_newer_version_is_refused_untouched(tmp_path: Path) -> None:
+    path = tmp_path / "store.db"
+    SqliteStore(path).close()
+    connection = sqlite3.connect(path)
+    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
+    connection.execute("PRAGMA journal_mode = DELETE")
+    connection.close()
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match="newer Standfast"):
+        SqliteStore(path)
+    assert path.read_bytes() == before
+
+
+def test_store_that_is_no_database_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "store.db"
+    path.write_bytes(b"no database" * 1000)
+    with pytest.raises(StoreError, match="cannot be used"):
+        SqliteStore(path)
+
+
+def test_commits_are_synced_to_the_disk(store: SqliteStore) -> None:
+    connection = store._db
+    assert connection.execute("PRAGMA synchronous").fetchone() == (2,)
+    assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    assert connection.execute("PRAGMA foreign_keys").fetchone() == (1,)
