@@ -435,8 +435,11 @@ class Failover:
             return []
         self.lost[event.group] = event.evidence
         if self._plan() is None and all(evidence.is_medium for evidence in self.lost.values()):
-            self.lost.clear()
-            return [RejectParked()]
+            # A write that clients are told has failed may be on legs that are being copied to, behind the
+            # copy: they are dropped before anybody is told.
+            syncing = [group for group in self.record.attached() if group != self.record.active]
+            self.lost = dict.fromkeys(syncing, event.evidence)
+            return self._begin() if syncing else [RejectParked()]
         return self._begin()
 
     def _on_lost_draining(self, event: LegLost) -> list[Effect]:
@@ -455,7 +458,9 @@ class Failover:
         return []
 
     def _on_lost_held(self, event: LegLost) -> list[Effect]:
-        if event.group in self.record.attached():
+        known = self.lost.get(event.group)
+        # Only a leg that was merely late can still get worse.
+        if event.group in self.record.attached() and (known is None or known.kind is EvidenceKind.DEADLINE):
             self.lost[event.group] = event.evidence
         return []
 

@@ -145,7 +145,7 @@ cdef struct Request:
     uint64_t admitted_ns
     Map *map                   # the one map it runs under
     DiskMap *disk_map
-    uint64_t span_offset       # rounded out (TRIM: in) to the map's blocks: what devices see
+    uint64_t span_offset       # rounded out to the map's blocks (TRIM: in to CLAIM_BLOCK): what devices see
     uint64_t span_end
     char *buffer               # of the arena: the bytes from claim_offset on
     char *edges                # within the buffer: two blocks, for a WRITE or ZERO that may need them
@@ -159,6 +159,7 @@ cdef struct Request:
     uint8_t legs               # bit i: leg i of the map takes part in this phase
     bint fua
     bint keep_allocated        # ZERO must not punch a hole
+    bint trimming              # TRIM may have zeroed on some legs already
     bint failed                # a leg failed it
     bint rejected              # and no leg can do better: it is not to be parked but answered
     bint claimed

@@ -94,12 +94,15 @@ cdef void start(Core *core, Request *request) noexcept nogil:
         finish(core, request, 0)
         return
     if request.kind == TRIM:
+        # Legs must stay equal, so a trim either zeroes on all of them or does nothing on any; and once it has
+        # begun that holds under the next map too, whose legs may have larger blocks or be unable to zero.
+        mask = CLAIM_BLOCK - 1
         request.span_offset = (request.offset + mask) & ~mask
         request.span_end = end & ~mask
-        # Legs must stay equal, so a trim either zeroes on all of them or does nothing on any.
-        if not map.can_zero or request.span_offset >= request.span_end:
+        if request.span_offset >= request.span_end or not (map.can_zero or request.trimming):
             finish(core, request, 0)
             return
+        request.trimming = True
         enter(core, request, ZEROING)
     elif request.kind == READ or request.kind == COPY:
         enter(core, request, READING)
