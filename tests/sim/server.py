@@ -1,0 +1,314 @@
+"""A simulated domain server: the shipping engine, the far ends of all it has open, and what it remembers.
+
+What it remembers for a manager that comes later is what ``proxy.domainserver.control`` does.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from proxy.engine import Event, EventKind, LegRole, OpKind, SimulatedEngine
+from proxy.errors import NBD_ERROR_BY_ERRNO
+from proxy.extentmap import ExtentMap, Range
+from proxy.failover import Evidence, EvidenceKind, Record
+from proxy.model import LegState
+from tests.sim.agenda import MILLISECOND_NS, Agenda
+from tests.sim.clients import Client, ClientStream
+from tests.sim.devices import Device, FileHandle, ServerStream
+from tests.sim.history import Violation
+from tests.sim.rig import new_descriptor
+
+DEADLINE_NS = 200 * MILLISECOND_NS
+TICK_NS = 60 * MILLISECOND_NS
+
+_EVIDENCE = {
+    EventKind.DEVICE_ERROR: EvidenceKind.ERROR,
+    EventKind.DEVICE_LOST: EvidenceKind.LOST,
+    EventKind.DEADLINE_MISSED: EvidenceKind.DEADLINE,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """A disk of the domain: its number, its size, and the bytes of the domain it is made of."""
+
+    number: int
+    size: int
+    offset: int
+    allotted: int
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A group of devices, and where each byte of the domain lies on them."""
+
+    name: str
+    devices: tuple[Device, ...]
+    map: ExtentMap
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether a late write may land on it that no lock of ours would show."""
+        return any(device.remote for device in self.devices)
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether no write of the past can still land on it."""
+        return all(device.is_quiet for device in self.devices)
+
+    @property
+    def is_up(self) -> bool:
+        return all(device.is_up for device in self.devices)
+
+    def content(self, offset: int, length: int, *, durable: bool = False) -> bytes:
+        """What lies at these bytes of the domain, or what of it would survive a loss of power."""
+        parts = []
+        for piece in self.map.pieces(offset, length):
+            medium = self.devices[piece.device].medium
+            data = medium.durable if durable else medium.content
+            parts.append(bytes(data[piece.device_offset : piece.device_offset + piece.length]))
+        return b"".join(parts)
+
+    def spoil(self) -> None:
+        """Put other content in the place of the domain's: what is outdated must not be relied on."""
+        for piece in self.map:
+            data = b"\xdb" * piece.length
+            self.devices[piece.device].medium.write(piece.device_offset, data, durable=True)
+
+
+@dataclass(slots=True)
+class LegNote:
+    """What the server knows of a leg that is open in its engine."""
+
+    group: Group
+    fenced: bool = False
+    copied: bool = False
+    drained: bool = False
+    unproven: int = 0
+    against: Evidence | None = None
+    in_map: bool = False  # some map has named it: it is in use
+    ends: dict[int, FileHandle | ServerStream] = field(default_factory=dict)
+
+
+class Server:
+    """One engine from its start to its end.
+
+    Args:
+        tell: called with each event a manager is to be told.
+        record: what the store says now, for checks.
+    """
+
+    def __init__(
+        self, agenda: Agenda, *, tell: Callable[[Event], None], record: Callable[[], Record]
+    ) -> None:
+        self.agenda = agenda
+        self.engine = SimulatedEngine(nbd_errors=dict(NBD_ERROR_BY_ERRNO), deadline_ns=DEADLINE_NS)
+        self.engine.now_ns = agenda.now_ns
+        self.legs: dict[int, LegNote] = {}
+        self.held = True
+        self.generation = 0
+        self.streams: list[ClientStream] = []
+        self._ends: dict[int, FileHandle | ServerStream | ClientStream] = {}
+        self._legs_by_fd: dict[int, LegNote] = {}
+        self._seen = 0
+        self._tell = tell
+        self._record = record
+
+    # --- Batches ----------------------------------------------------------------------------------
+
+    def turn(self) -> None:
+        """Run one batch of the engine."""
+        engine = self.engine
+        engine.now_ns = self.agenda.now_ns
+        engine.step()
+        for descriptor in engine.take_shut():
+            self._ends[descriptor].shut()
+        self.take_events()
+        self.collect()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether requests of clients are under way."""
+        return any(stream.waiting for stream in self.streams)
+
+    def collect(self) -> None:
+        """Give what the engine wants done to whom it concerns."""
+        for op in self.engine.pending(self._seen):
+            self._seen = op.number
+            note = self._legs_by_fd.get(op.fd)
+            if note is not None and op.kind is not OpKind.RECEIVE:
+                self._check_leg(note, op.number, op.kind)
+            self._ends[op.fd].begin(op)
+
+    def _check_leg(self, note: LegNote, number: int, kind: OpKind) -> None:
+        name = note.group.name
+        if note.fenced:
+            raise Violation(f"a {kind.name} goes to group {name} after it was fenced")
+        record = self._record()
+        if name not in record.attached():
+            raise Violation(f"a {kind.name} goes to group {name}, which takes no part by the record")
+        if kind is OpKind.READ:
+            self.check_read(name)
+
+    def check_read(self, name: str) -> None:
+        """Raise Violation unless reads from this group are allowed."""
+        record = self._record()
+        if name != record.active or record.leg(name).state is not LegState.UPTODATE:
+            raise Violation(f"a read goes to group {name}; active is {record.active}")
+
+    def take_events(self) -> None:
+        """Take in what the engine has told, and pass it on."""
+        for event in self.engine.events():
+            note = self.legs.get(event.leg)
+            if event.kind is EventKind.CONNECTION_CLOSED:
+                (stream,) = [stream for stream in self.streams if stream.number == event.a]
+                self.streams.remove(stream)
+                self._forget(stream)
+                stream.closed()
+                if stream.client.stream is stream:
+                    stream.client.stream = None
+            elif note is not None and event.kind in _EVIDENCE:
+                evidence = Evidence(_EVIDENCE[event.kind], note.group.devices[event.device].name, event.code)
+                note.against = note.against or evidence
+                self.agenda.count(f"evidence: {evidence.kind.value}")
+            elif note is not None and event.kind is EventKind.COPIED:
+                note.copied = event.code == 0
+            elif note is not None and event.kind is EventKind.LEG_DRAINED:
+                note.drained, note.unproven = True, event.a
+            elif note is not None and event.kind is EventKind.LEG_CLOSED:
+                for end in note.ends.values():
+                    self._forget(end)
+                del self.legs[event.leg]
+            elif event.kind is EventKind.REPLAYED:
+                self.agenda.count("replayed", event.a)
+            self._tell(event)
+
+    def _forget(self, end: FileHandle | ServerStream | ClientStream) -> None:
+        for descriptor in [fd for fd, known in self._ends.items() if known is end]:
+            del self._ends[descriptor]
+            self._legs_by_fd.pop(descriptor, None)
+
+    # --- Commands of a manager --------------------------------------------------------------------
+
+    def open_leg(self, leg_id: int, group: Group) -> None:
+        """Open all devices of a group, which are up."""
+        note = LegNote(group)
+        specs = []
+        for device in group.devices:
+            descriptor = new_descriptor()
+            end = (
+                ServerStream(device, self.engine, lambda: self.check_read(group.name))
+                if device.remote
+                else FileHandle(device, self.engine)
+            )
+            note.ends[descriptor] = self._ends[descriptor] = end
+            self._legs_by_fd[descriptor] = note
+            specs.append(device.spec(descriptor))
+        self.engine.add_leg(leg_id, specs)
+        self.legs[leg_id] = note
+
+    def hold(self) -> int:
+        self.held = True
+        return self.engine.hold()
+
+    def release(self) -> None:
+        self.engine.release()
+        self.held = False
+
+    def fence(self, leg_id: int) -> None:
+        self._set_fenced(leg_id)
+        self.engine.fence_leg(leg_id)
+
+    def _set_fenced(self, leg_id: int) -> None:
+        self.collect()
+        self.legs[leg_id].fenced = True
+        for end in self.legs[leg_id].ends.values():
+            end.is_fenced = True
+
+    def close_leg(self, leg_id: int) -> None:
+        if leg_id not in self.legs:
+            return  # a manager before has seen to it
+        self._set_fenced(leg_id)
+        self.engine.close_leg(leg_id)
+
+    def install(self, record: Record, legs: Sequence[int], disks: Sequence[Disk]) -> None:
+        """Install the map of a record; ``legs`` are those open for its attached groups, in their order."""
+        roles = []
+        for leg_id, group in zip(legs, record.attached(), strict=True):
+            if group == record.active:
+                roles.append((leg_id, LegRole.ACTIVE))
+            elif record.leg(group).state is LegState.SYNCING:
+                roles.append((leg_id, LegRole.SYNCING))
+            else:
+                roles.append((leg_id, LegRole.BACKUP))
+        self.engine.install(
+            record.generation,
+            roles,
+            [
+                (disk.number, disk.size, [disk_map(self.legs[leg_id].group, disk) for leg_id in legs])
+                for disk in disks
+            ],
+        )
+        self.generation = record.generation
+        for leg_id in legs:
+            self.legs[leg_id].in_map = True
+        self._clear_evidence()
+
+    def fail_parked(self) -> None:
+        self.engine.fail_parked()
+        self._clear_evidence()
+
+    def _clear_evidence(self) -> None:
+        for note in self.legs.values():
+            if note.against is not None and note.against.kind is not EvidenceKind.LOST:
+                note.against = None
+
+    def connect(self, client: Client) -> None:
+        """Take in a client."""
+        stream = ClientStream(client, self.engine)
+        descriptor = new_descriptor()
+        self._ends[descriptor] = stream
+        stream.number = self.engine.add_connection(descriptor, client.disk, obeys_block_size=False)
+        self.streams.append(stream)
+        client.connected(stream)
+
+    # --- The end ----------------------------------------------------------------------------------
+
+    def crash(self) -> None:
+        """End as by kill -9: what is in flight lands or does not; nothing is answered."""
+        self.count()
+        for end in self._ends.values():
+            end.crash()
+        for stream in self.streams:
+            if stream.client.stream is stream:
+                stream.client.stream = None
+        self.dispose()
+
+    def count(self) -> None:
+        """Add this engine's counters to those of the simulation."""
+        statistics = self.engine.statistics()
+        for name in ("parked", "waited", "late", "writes", "reads", "flushes", "zeroes", "trims", "errors"):
+            self.agenda.count(name, getattr(statistics, name))
+
+    def dispose(self) -> None:
+        """Let the engine free everything: all that is pending ends, none of it reaching anybody."""
+        engine = self.engine
+        engine.hold()
+        for leg_id in self.legs:
+            engine.close_leg(leg_id)
+        for stream in self.streams:
+            engine.end_connection(stream.number)
+        for _ in range(1000):
+            engine.step()
+            engine.take_shut()
+            engine.events()
+            pending = engine.pending()
+            if not pending:
+                return
+            for op in pending:
+                engine.complete(op.number, 0 if op.kind is OpKind.RECEIVE else -5)
+        raise AssertionError("the engine does not come to an end")
+
+
+def disk_map(group: Group, disk: Disk) -> ExtentMap:
+    """The extent map of a disk on a group."""
+    return group.map.compose([Range(disk.offset, disk.allotted)])
