@@ -221,7 +221,9 @@ def demonstrate(cleanup: ExitStack) -> None:
             leg_of(after, "beta")["extent_count"],
         )
         == (3, 2),
-        f"the client waited {failover.get('stall_ms') or float('nan'):.1f} ms at most": failover.get("stall_ms")
+        f"the client waited {failover.get('stall_ms') or float('nan'):.1f} ms at most": failover.get(
+            "stall_ms"
+        )
         is not None,
     }
     for text, held in checks.items():

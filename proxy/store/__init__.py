@@ -100,26 +100,33 @@ class Store(Protocol):
 
     def groups(self) -> list[Group]:
         """All groups, by name."""
+        ...
 
     def group(self, name: str) -> Group:
         """One group; NotFoundError."""
+        ...
 
     def add_group(
         self, name: str, uuid: UUID, layout: Layout, devices: Sequence[NewDevice], at: float
     ) -> Group:
         """Record a group; RefusedError when the name is taken."""
+        ...
 
     def remove_group(self, name: str, at: float) -> None:
         """Forget a group; RefusedError while a domain has a leg on it."""
+        ...
 
     def taken(self, group: str) -> list[Run]:
         """The space of a group that domains have."""
+        ...
 
     def domains(self) -> list[DomainRecord]:
         """All domains, by name."""
+        ...
 
     def domain(self, name: str) -> DomainRecord:
         """One domain; NotFoundError."""
+        ...
 
     def add_domain(
         self,
@@ -133,27 +140,36 @@ class Store(Protocol):
         at: float,
     ) -> DomainRecord:
         """Record a domain with its space on every leg; RefusedError when the name is taken."""
+        ...
 
     def remove_domain(self, name: str, at: float) -> None:
         """Forget a domain and free its space."""
+        ...
 
     def change(self, domain: DomainId, change: Change, at: float) -> None:
         """Apply a change, whole, durably."""
+        ...
 
     def settle_failover(self, domain: DomainId, generation: int, stall_ms: float, replayed: int) -> None:
         """Add to a failover's receipt what clients felt of it."""
+        ...
 
     def next_disk_number(self, domain: DomainId) -> int:
         """A number no disk of the domain has or ever had."""
+        ...
 
     def add_events(self, events: Sequence[NewEvent], at: float) -> None:
         """Record events that go with no other change."""
+        ...
 
     def events(self, after: int, limit: int) -> list[Event]:
         """Up to ``limit`` events with ids above ``after``, oldest first."""
+        ...
 
     def last_event_id(self) -> int:
         """The id of the newest event; 0 when there is none."""
+        ...
 
     def close(self) -> None:
         """Let go of the files."""
+        ...

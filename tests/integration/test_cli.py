@@ -4,6 +4,7 @@ One manager serves all tests that do not need their own. Those of bad input look
 command that is refused leaves the lists, the images and the run directory as they were.
 """
 
+import gc
 import json
 import os
 import select
@@ -33,9 +34,14 @@ PATIENCE_S = 30.0
 END_PATIENCE_S = 8.0
 
 #: The library leaves the socket of a connection that was refused to the garbage collector.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Exception ignored in. <socket.socket:pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _sockets_collected() -> Iterator[None]:
+    """Have the garbage collector find them while the filter is in force, not in somebody else's test."""
+    yield
+    gc.collect()
 
 
 def one_line(done: tuple[int, str, str]) -> str:

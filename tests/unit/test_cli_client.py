@@ -1,5 +1,6 @@
 """Requests to a manager that answers, refuses, lies, or goes away."""
 
+import gc
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +13,14 @@ from proxy.errors import NotFoundError, RefusedError
 from tests.unit.cli_manager import GoAway, answering, manager
 
 #: The library leaves the socket of a connection that was refused to the garbage collector.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Exception ignored in. <socket.socket:pytest.PytestUnraisableExceptionWarning"
-)
+pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _sockets_collected() -> Iterator[None]:
+    """Have the garbage collector find them while the filter is in force, not in somebody else's test."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture
