@@ -33,7 +33,7 @@ async def run(*command: str, cwd: Path | None = None) -> str:
 
 
 async def test_nbdinfo_sees_what_the_disk_offers(made: Site) -> None:
-    export = json.loads(await run("nbdinfo", "--json", made.uri()))["exports"][0]
+    export = json.loads(await run("nbdinfo", "--json", "--no-content", made.uri()))["exports"][0]
     assert export["export-name"] == "disk1"
     assert export["export-size"] == 64 << 20
     assert export["can_multi_conn"] and export["can_flush"] and export["can_fua"]

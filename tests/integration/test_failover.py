@@ -66,8 +66,8 @@ async def test_failover_device_killed_under_load_client_sees_only_latency() -> N
         assert settled["last_failover"]["from"] == "alpha"
         assert settled["last_failover"]["to"] == "beta"
         assert "lost its connection" in settled["last_failover"]["reason"]
-        assert 0 < settled["last_failover"]["stall_ms"] < 2000
-        assert settled["last_failover"]["replayed"] > 0
+        # A client that had nothing in flight in these milliseconds has waited for nothing.
+        assert 0 <= settled["last_failover"]["stall_ms"] <= witness.longest_s * 1000
 
 
 async def test_failover_idle_domain_device_killed_fails_over_by_itself() -> None:
@@ -127,6 +127,9 @@ async def test_failover_device_stopped_is_fenced_at_its_deadline_and_trusted_aft
             made.devices["alpha1"].send_signal(signal.SIGSTOP)
             shown = await made.wait_active("vol1", "beta")
             assert "did not answer in time" in shown["last_failover"]["reason"]
+            shown = await made.wait("vol1", lambda shown: shown["last_failover"]["stall_ms"] is not None)
+            assert 400 <= shown["last_failover"]["stall_ms"] < 2000
+            assert shown["last_failover"]["replayed"] > 0
             await answers(witness, 500)
             made.devices["alpha1"].send_signal(signal.SIGCONT)
             await answers(witness, 500)
