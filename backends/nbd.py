@@ -48,6 +48,8 @@ _TCP_OPTIONS = (
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10),
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+    # And one that vanished with requests under way, in as long; without it the kernel goes on for 15 minutes.
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 25_000),
     (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
     # The system's default again: trio sets 16 KiB on every stream, which would make the engine wait
     # with less than one large write in the socket.

@@ -1,7 +1,7 @@
-"""Run one domain server: ``python -m proxy.domainserver NAME --directory RUN/NAME --deadline-ms N``.
+"""Run one domain server: ``python -m proxy.domainserver NAME UUID --directory RUN/NAME --deadline-ms N``.
 
 The manager starts it. Its directory gets ``nbd.sock`` (clients), ``control.sock`` (the manager) and ``lock``,
-which keeps a second one away from the same domain. SIGTERM ends it as the manager's stop does.
+which keeps a second one away from the same place and says who it is. SIGTERM ends it as the manager's stop does.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from uuid import UUID
 
 import trio
 
@@ -21,6 +22,7 @@ def main() -> int:
     """Serve until told to stop; 0 when everything acknowledged is on every leg."""
     parser = argparse.ArgumentParser(prog="standfast-domain")
     parser.add_argument("name")
+    parser.add_argument("uuid", type=UUID)
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--deadline-ms", type=int, required=True)
     arguments = parser.parse_args()
@@ -35,14 +37,14 @@ def main() -> int:
         print(f"domain {arguments.name} is being served by another process", file=sys.stderr)
         return 1
     # Whoever cannot have the lock finds out here who has it; the file is never empty in between.
-    identity = b"%d\n" % os.getpid()
+    identity = f"{os.getpid()} {arguments.uuid}\n".encode()
     os.pwrite(lock, identity, 0)
     os.ftruncate(lock, len(identity))
-    return 0 if trio.run(_serve, arguments.name, arguments.directory, arguments.deadline_ms) else 1
+    server = Server(arguments.name, arguments.uuid, arguments.directory, deadline_ms=arguments.deadline_ms)
+    return 0 if trio.run(_serve, server, arguments.directory) else 1
 
 
-async def _serve(name: str, directory: Path, deadline_ms: int) -> bool:
-    server = Server(name, directory, deadline_ms=deadline_ms)
+async def _serve(server: Server, directory: Path) -> bool:
     server.engine.start()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(server.watch_engine, nursery)

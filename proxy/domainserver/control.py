@@ -3,8 +3,10 @@
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
+from errno import EIO
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import trio
 
@@ -43,12 +45,14 @@ class Server:
 
     Args:
         domain: its name.
+        uuid: the domain's, by which a manager knows that this is the one it means.
         directory: of its sockets.
         deadline_ms: how long a device may take for one operation before that is reported.
     """
 
-    def __init__(self, domain: str, directory: Path, *, deadline_ms: int) -> None:
+    def __init__(self, domain: str, uuid: UUID, directory: Path, *, deadline_ms: int) -> None:
         self.domain = domain
+        self._uuid = uuid
         self._directory = directory
         self.engine = Engine(
             nbd_errors={number: int(value) for number, value in NBD_ERROR_BY_ERRNO.items()},
@@ -58,8 +62,10 @@ class Server:
         self.stopped = trio.Event()
         self.clean = False
         self._legs: dict[int, LegStatus] = {}
+        self._openings: dict[int, trio.CancelScope] = {}
         self._held = True
         self._generation = 0
+        self._maps: set[int] = set()  # generations of those that requests still run under
         self._listening: str | None = None
         self._is_open = False
         self._manager: trio.SocketStream | None = None
@@ -86,12 +92,18 @@ class Server:
         log.info("a manager has connected")
         decoder = Decoder()
         try:
-            async with stream:
+            # What opens when the manager goes is of no use to the next one, who does not know of it.
+            async with stream, trio.open_nursery() as openings:
                 async for data in stream:
                     for frame in decoder.receive(data):
-                        await self._obey(frame)
-        except (trio.BrokenResourceError, trio.ClosedResourceError, WireError) as error:
-            log.info("manager lost: %s", error)
+                        if frame.body.get("op") == "open-leg":
+                            # A device may take its time; the fence of another must not wait for it.
+                            openings.start_soon(self._obey, stream, frame)
+                        else:
+                            await self._obey(stream, frame)
+                openings.cancel_scope.cancel()
+        except* (trio.BrokenResourceError, trio.ClosedResourceError, WireError) as error:
+            log.info("manager lost: %s", error.exceptions[0])
         finally:
             if self._manager is stream:
                 self._manager = None
@@ -116,8 +128,10 @@ class Server:
     async def _pass_events(self) -> None:
         """Take in and pass on what the engine has told; in order, whichever task gets here first."""
         async with self._passing:
-            for event in self.engine.events():
+            events = self.engine.events()
+            for event in events:
                 self._note(event)
+            for event in events:
                 if event.kind is EventKind.CONNECTION_CLOSED:
                     self.doors.forget(event.a)
                 elif event.kind is EventKind.DONE:
@@ -129,6 +143,8 @@ class Server:
 
     def _note(self, event: Event) -> None:
         """Remember what a later manager would have to be told."""
+        if event.kind is EventKind.MAP_RETIRED:
+            self._maps.discard(event.generation)
         leg = self._legs.get(event.leg)
         if leg is None:
             return
@@ -144,7 +160,7 @@ class Server:
 
     # --- In ---------------------------------------------------------------------------------------
 
-    async def _obey(self, frame: Frame) -> None:
+    async def _obey(self, manager: trio.SocketStream, frame: Frame) -> None:
         operation = frame.body.get("op")
         handler = _OPERATIONS.get(operation) if isinstance(operation, str) else None
         answer: dict[str, Any] = {"id": frame.body.get("id")}
@@ -161,13 +177,15 @@ class Server:
             log.exception("command %s failed", operation)
             answer["error"] = {"text": f"{type(error).__name__}: {error}"}
         await self._pass_events()
-        await self._send(answer)
+        if self._manager is manager:  # to the next one the number of the command means something else
+            await self._send(answer)
         if operation == "stop":
             self.stopped.set()
 
     async def _hello(self, frame: Frame) -> dict[str, Any]:
         return {
             "domain": self.domain,
+            "uuid": str(self._uuid),
             "generation": self._generation,
             "held": self._held,
             "legs": {str(leg_id): asdict(leg) for leg_id, leg in self._legs.items()},
@@ -189,7 +207,15 @@ class Server:
 
     async def _open_leg(self, frame: Frame) -> None:
         leg_id = frame.body["leg"]
-        specs = await open_leg([DeviceOrder.from_message(message) for message in frame.body["devices"]])
+        orders = [DeviceOrder.from_message(message) for message in frame.body["devices"]]
+        with trio.CancelScope() as scope:
+            self._openings[leg_id] = scope
+            try:
+                specs = await open_leg(orders, timeout_s=frame.body["timeout_s"])
+            finally:
+                del self._openings[leg_id]
+        if scope.cancelled_caught:
+            raise RefusedError(f"the opening of leg {leg_id} was given up")
         self.engine.add_leg(leg_id, specs)
         self._legs[leg_id] = LegStatus(frame.body["group"])
 
@@ -207,6 +233,7 @@ class Server:
             ],
         )
         self._generation = frame.body["generation"]
+        self._maps.add(self._generation)
         for leg in self._legs.values():
             # The engine reports anew what still is so, except a lost stream, which stays lost.
             if leg.against and leg.against["kind"] != EventKind.DEVICE_LOST.name:
@@ -257,6 +284,10 @@ class Server:
         self._legs[frame.body["leg"]].fenced = True
 
     async def _close_leg(self, frame: Frame) -> None:
+        """Let go of a leg; one that is still being opened never comes to be."""
+        if frame.body["leg"] in self._openings:
+            self._openings[frame.body["leg"]].cancel()
+            return
         self._legs[frame.body["leg"]].fenced = True
         self.engine.close_leg(frame.body["leg"])
 
@@ -273,14 +304,21 @@ class Server:
 
     async def _zero(self, frame: Frame) -> None:
         """Zero a range of a disk on all legs. Answered at once; the event ``zeroed`` tells the end."""
-        token = self.engine.submit(
-            RequestKind.ZERO, frame.body["disk"], frame.body["offset"], frame.body["length"]
-        )
+        body = frame.body
         assert self._nursery is not None
-        self._nursery.start_soon(self._tell_zeroed, token, frame.body["disk"])
+        self._nursery.start_soon(self._zero_range, body["disk"], body["offset"], body["length"])
 
-    async def _tell_zeroed(self, token: int, disk: int) -> None:
-        code = await self._wait_done(token)
+    async def _zero_range(self, disk: int, offset: int, length: int) -> None:
+        # A request of a disk that was removed may still be writing where this one is now: it runs under a map
+        # of before, and no claim keeps it in order with this disk's.
+        newest = self._generation
+        async with self._changed:
+            while any(generation < newest for generation in self._maps):
+                await self._changed.wait()
+        try:
+            code = await self._wait_done(self.engine.submit(RequestKind.ZERO, disk, offset, length))
+        except OSError as error:
+            code = error.errno or EIO
         await self._send({"event": {"kind": "ZEROED", "disk": disk, "code": code}})
 
     async def _wait_done(self, token: int) -> int:

@@ -164,12 +164,12 @@ class Doors:
             leftover=chosen.leftover,
         )
         self.clients[number] = disk
-        log.info("client %d: disk %s", number, disk)
+        log.debug("client %d: disk %s", number, disk)
 
     def forget(self, number: int) -> None:
         """The engine says that a connection is gone."""
         disk = self.clients.pop(number, None)
-        log.info("client %d: gone from disk %s", number, disk)
+        log.debug("client %d: gone from disk %s", number, disk)
 
 
 async def _send_all(client: trio.socket.SocketType, data: bytes) -> None:

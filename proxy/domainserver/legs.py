@@ -4,7 +4,10 @@ from base64 import b64decode
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from errno import ETIMEDOUT
 from typing import Any
+
+import trio
 
 from backends import DataPath, DeviceError, OpenDevice, open_device
 from proxy.engine import DeviceKind, DeviceSpec
@@ -40,8 +43,13 @@ class LegError(Exception):
         self.error_number = error_number
 
 
-async def open_leg(orders: Sequence[DeviceOrder]) -> list[DeviceSpec]:
+async def open_leg(orders: Sequence[DeviceOrder], *, timeout_s: float) -> list[DeviceSpec]:
     """Open all devices of a leg; the caller owns the descriptors in the answer.
+
+    Args:
+        orders: its devices, by position.
+        timeout_s: for each device to be reached and to give its label. (A predecessor's lock is waited for
+            longer: that wait ends with the predecessor.)
 
     Raises:
         LegError: one cannot be opened, is not the one its label should say, or is locked by
@@ -51,12 +59,16 @@ async def open_leg(orders: Sequence[DeviceOrder]) -> list[DeviceSpec]:
         devices: list[OpenDevice] = []
         for position, order in enumerate(orders):
             try:
-                device = await opened.enter_async_context(await open_device(order.url))
-                found = Label.decode(await device.read(0, LABEL_SIZE), url=order.url)
+                with trio.fail_after(timeout_s):
+                    device = await opened.enter_async_context(await open_device(order.url))
+                    found = Label.decode(await device.read(0, LABEL_SIZE), url=order.url)
                 check_label(found, order.label, url=order.url, size=device.info.size)
                 await device.lock(order.ranges, timeout_s=LOCK_TIMEOUT_S)
             except DeviceError as error:
                 raise LegError(str(error), position=position, error_number=error.error_number) from error
+            except trio.TooSlowError:
+                text = f"{order.url}: did not answer within {timeout_s:g} s; check its server and the network"
+                raise LegError(text, position=position, error_number=ETIMEDOUT) from None
             except LabelError as error:
                 raise LegError(str(error), position=position, error_number=0) from error
             devices.append(device)

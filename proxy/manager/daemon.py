@@ -105,7 +105,7 @@ async def _main(places: Places, service: Service, keep_domains: bool) -> None:
     config.accesslog = None
     config.errorlog = logging.getLogger("hypercorn")
     stop = trio.Event()
-    async with service.running(), trio.open_nursery() as nursery:
+    async with service.running(keep_domains=keep_domains), trio.open_nursery() as nursery:
         app: ASGIFramework = application(service)  # type: ignore[assignment]
         await nursery.start(_wait_signal, stop)
         await nursery.start(partial(serve_http, app, config, shutdown_trigger=stop.wait))
@@ -113,8 +113,6 @@ async def _main(places: Places, service: Service, keep_domains: bool) -> None:
         log.info("ready: %s", socket)
         await stop.wait()
         log.info("ending; domains %s", "are kept" if keep_domains else "are ended")
-        if not keep_domains:
-            await service.stop_all()
     socket.unlink(missing_ok=True)
 
 

@@ -50,7 +50,7 @@ async def create_group(
     if name in {group.name for group in store.groups()}:
         raise RefusedError(f"there is a group {name} already")
     async with AsyncExitStack() as opened:
-        made = [path for path in map(_local_file, urls) if path is not None and not os.path.lexists(path)]
+        made = [path for path in map(_local_file, urls) if path is not None and _is_absent(path)]
         written: list[_Candidate] = []
         try:
             candidates = await _look_at(store, urls, opened, force=force)
@@ -59,6 +59,8 @@ async def create_group(
                 written.append(candidate)
                 label = label_of(group, device, map_generation=0)
                 await _write(candidate, label.encode())
+            for candidate, device in zip(candidates, group.devices, strict=True):
+                await _check_written(candidate, device.uuid)
             return store.add_group(name, group.uuid, layout, [candidate.new for candidate in candidates], at)
         except BaseException as error:
             with trio.CancelScope(shield=True):
@@ -83,6 +85,16 @@ def _local_file(url: str) -> str | None:
         raise InvalidError(f"{url}: lives within one process, and a group's devices are reached from several")
     path = getattr(location, "path", None)
     return path if isinstance(path, str) else None
+
+
+def _is_absent(path: str) -> bool:
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        raise InvalidError(f"{path}: {error.strerror}") from error
+    return False
 
 
 async def _look_at(
@@ -154,6 +166,17 @@ def _group_of(name: str, layout: Layout, candidates: Sequence[_Candidate]) -> Gr
             GroupDevice(DeviceId(0), one.new.uuid, position, one.new.size, one.new.data_offset, one.url)
             for position, one in enumerate(candidates)
         ),
+    )
+
+
+async def _check_written(candidate: _Candidate, uuid: UUID) -> None:
+    """Refuse a device that another URL reaches too: that one's label has taken the place of this one's."""
+    with suppress(LabelError):
+        if Label.decode(await candidate.device.read(0, LABEL_SIZE), url=candidate.url).device_uuid == uuid:
+            return
+    raise RefusedError(
+        f"{candidate.url}: its label was overwritten by that of another device of the group; is it named twice, or "
+        "behind two of the URLs?"
     )
 
 

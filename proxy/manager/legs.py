@@ -15,6 +15,9 @@ from proxy.manager.link import CommandError, Link, ServerGoneError
 from proxy.manager.settings import Settings
 from proxy.model import Group
 
+#: For all devices of a leg to be opened and locked; a predecessor's lock may take most of it.
+OPEN_TIMEOUT_S = 60
+
 _EVIDENCE = {
     "DEVICE_ERROR": EvidenceKind.ERROR,
     "DEVICE_LOST": EvidenceKind.LOST,
@@ -37,15 +40,32 @@ class Leg:
     closing: bool = False
 
 
+class Numbers:
+    """Numbers for legs, each given out once."""
+
+    def __init__(self) -> None:
+        self._next = 1
+
+    def take(self) -> int:
+        """One that nobody has had."""
+        self._next += 1
+        return self._next - 1
+
+    def skip(self, number: int) -> None:
+        """Somebody before us gave out ``number``, and those below it."""
+        self._next = max(self._next, number + 1)
+
+
 class Legs:
     """Every opening has a number of its own, so that what is told of an old one is never taken for a new one.
 
     Args:
         link: to the domain server.
         settings: the manager's.
+        numbers: of the domain, never given out twice by one manager, whichever domain server it is for.
     """
 
-    def __init__(self, link: Link, settings: Settings) -> None:
+    def __init__(self, link: Link, settings: Settings, numbers: "Numbers") -> None:
         self.open: dict[str, Leg] = {}
         self._link = link
         self._settings = settings
@@ -53,22 +73,27 @@ class Legs:
         self._opening: set[str] = set()
         self._tried_at: dict[str, float] = {}
         self._suspect: set[str] = set()
-        self._next_number = 1
+        self._numbers = numbers
 
     # --- Opening ----------------------------------------------------------------------------------
 
-    def number(self) -> int:
-        """A number no leg of this domain server has had."""
-        self._next_number += 1
-        return self._next_number - 1
-
     async def connect(self, group: Group, runs: tuple[Run, ...], *, fresh: bool) -> Leg | Evidence:
         """Open a leg in the domain server; or what speaks against it."""
-        leg = Leg(group, self.number())
+        leg = Leg(group, self._numbers.take())
         try:
-            await self._link.call(
-                "open-leg", leg=leg.number, group=group.name, devices=messages.device_orders(group, runs)
-            )
+            with trio.move_on_after(OPEN_TIMEOUT_S) as patience:
+                await self._link.call(
+                    "open-leg",
+                    limit_s=math.inf,
+                    leg=leg.number,
+                    group=group.name,
+                    devices=messages.device_orders(group, runs),
+                    timeout_s=self._settings.deadline_ms / 1000,
+                )
+            if patience.cancelled_caught:
+                await self._link.call("close-leg", leg=leg.number)
+                detail = f"could not be opened within {OPEN_TIMEOUT_S} s"
+                return Evidence(EvidenceKind.UNREACHABLE, f"group {group.name}", detail=detail)
         except CommandError as error:
             position = error.details.get("position")
             device = f"group {group.name}" if position is None else group.devices[position].url
@@ -102,7 +127,7 @@ class Legs:
 
     def adopt(self, number: int, group: Group, found: Mapping[str, Any]) -> Leg:
         """Take over a leg that the domain server had before this manager came."""
-        self._next_number = max(self._next_number, number + 1)
+        self._numbers.skip(number)
         leg = Leg(group, number, copied=found["copied"])
         if found["fenced"]:
             self._leaving[number] = leg
@@ -160,6 +185,13 @@ class Legs:
             if unproven:
                 self.suspect(leg.group)
             await self._close(leg)
+
+    async def abandon(self, group: Group) -> None:
+        """Wait no longer for the last answers of a fenced leg of this group: their fate stays unknown."""
+        for leg in list(self._leaving.values()):
+            if leg.group.name == group.name and not leg.closing:
+                self.suspect(group)
+                await self._close(leg)
 
     def closed(self, number: int) -> None:
         """The domain server knows a leg no more."""

@@ -9,8 +9,8 @@ import trio
 from proxy.errors import StandfastError
 from proxy.wire import Decoder, Frame, WireError
 
-#: No command waits for a device or a client except opening a leg, and that has limits of its own.
-COMMAND_TIMEOUT_S = 60
+#: No command waits for a device or a client, except opening a leg and stopping, which have limits of their own.
+COMMAND_TIMEOUT_S = 20
 
 
 class ServerGoneError(StandfastError):
@@ -79,8 +79,10 @@ class Link:
             waiting[1].append(frame.body)
             waiting[0].set()
 
-    async def call(self, operation: str, *, payload: bytes = b"", **arguments: Any) -> Any:
-        """Have a command carried out; its result.
+    async def call(
+        self, operation: str, *, payload: bytes = b"", limit_s: float = COMMAND_TIMEOUT_S, **arguments: Any
+    ) -> Any:
+        """Have a command carried out within ``limit_s``; its result.
 
         Raises:
             ServerGoneError: the server ended first, or took impossibly long.
@@ -90,25 +92,26 @@ class Link:
         self._next_id += 1
         replied, replies = self._replies[command] = (trio.Event(), [])
         try:
-            with trio.fail_after(COMMAND_TIMEOUT_S):
+            with trio.fail_after(limit_s):
                 async with self._sending:
-                    await self._stream.send_all(
-                        Frame({"id": command, "op": operation, **arguments}, payload).encode()
-                    )
+                    await self._send(Frame({"id": command, "op": operation, **arguments}, payload))
                 if not self.gone.is_set():
                     await replied.wait()
         except trio.TooSlowError:
-            raise ServerGoneError(f"the domain server did not answer to {operation}") from None
+            raise ServerGoneError(f"it did not answer to {operation!r} within {limit_s:g} s") from None
         except (trio.BrokenResourceError, trio.ClosedResourceError):
-            raise ServerGoneError("the domain server has ended") from None
+            raise ServerGoneError("it has ended") from None
         finally:
             del self._replies[command]
         if not replies:
-            raise ServerGoneError("the domain server has ended")
+            raise ServerGoneError("it has ended")
         if "error" in replies[0]:
             raise CommandError(operation, replies[0]["error"])
         return replies[0]["result"]
 
-    def close(self) -> None:
-        """Leave the server to itself; it serves on."""
-        self._stream.socket.close()
+    async def _send(self, frame: Frame) -> None:
+        try:
+            await self._stream.send_all(frame.encode())
+        except trio.Cancelled:
+            self._stream.socket.close()  # half a frame is in the channel, and nothing can follow that
+            raise

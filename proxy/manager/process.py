@@ -9,6 +9,7 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import UUID
 
 import trio
 
@@ -20,6 +21,10 @@ START_TIMEOUT_S = 30
 
 class StartError(StandfastError):
     """A domain server could not be started."""
+
+
+class StartingError(StartError):
+    """One is just coming up or going down; look again."""
 
 
 @dataclass(slots=True)
@@ -50,11 +55,12 @@ class Process:
         os.close(self.pidfd)
 
 
-def find(directory: Path) -> Process | None:
-    """The domain server that serves from ``directory`` now, or None.
+def find(directory: Path, uuid: UUID) -> Process | None:
+    """The domain server of domain ``uuid`` that serves from ``directory`` now, or None.
 
     Raises:
-        StartError: one is just coming up or going down, so look again; or the directory is no good.
+        StartingError: one is just coming up or going down.
+        StartError: another domain's server is there, or the directory is no good.
     """
     try:
         lock = os.open(directory / "lock", os.O_RDWR | os.O_CLOEXEC)
@@ -66,23 +72,29 @@ def find(directory: Path) -> Process | None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return None
     except BlockingIOError:
-        # Who holds the lock has written its pid into it.
-        identity = os.pread(lock, 32, 0)
+        # Who holds the lock has written its pid and whose server it is into it.
+        identity = os.pread(lock, 64, 0).decode(errors="replace").split()
     finally:
         os.close(lock)
     try:
-        return Process(int(identity), os.pidfd_open(int(identity)))
-    except (OSError, ValueError):
-        raise StartError("another process of this domain is just starting or ending") from None
+        pid, owner = int(identity[0]), UUID(identity[1])
+        if owner != uuid:
+            raise StartError(
+                f"the domain server of another domain (pid {pid}, uuid {owner}), which this manager does not know, "
+                f"serves from {directory}; end it first, or use another --run directory"
+            )
+        return Process(pid, os.pidfd_open(pid))
+    except (OSError, ValueError, IndexError):
+        raise StartingError("another process of this domain is just starting or ending") from None
 
 
-def start(name: str, directory: Path, *, deadline_ms: int) -> Process:
+def start(name: str, uuid: UUID, directory: Path, *, deadline_ms: int) -> Process:
     """Start the domain server of ``name``, in a session of its own so that it outlives us.
 
     Raises:
         StartError: it cannot be started.
     """
-    command = [sys.executable, "-m", "proxy.domainserver", name]
+    command = [sys.executable, "-m", "proxy.domainserver", name, str(uuid)]
     command += ["--directory", str(directory), "--deadline-ms", str(deadline_ms)]
     try:
         directory.mkdir(mode=0o755, exist_ok=True)

@@ -8,7 +8,7 @@ import logging
 import shutil
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
@@ -18,7 +18,8 @@ import trio
 from proxy.allocator import allot, allot_ranges, grow_ranges, round_up
 from proxy.errors import InvalidError, NotFoundError, RefusedError
 from proxy.failover import Change, LegRecord, Record
-from proxy.manager import groups
+from proxy.manager import groups, process
+from proxy.manager.legs import is_remote
 from proxy.manager.session import Order, Session
 from proxy.manager.settings import Settings
 from proxy.manager.supervisor import Supervisor
@@ -62,14 +63,15 @@ class Service:
         self.supervisors: dict[str, Supervisor] = {}
         self._nursery: trio.Nursery | None = None
         self._site = trio.Lock()
+        self._labelling = trio.Lock()  # a device may take its time; domains need not wait for it
         self._changed = trio.Event()
         self.version = 0  # counts what an operator could see change
 
     # --- Life -------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        """Supervise all domains for as long as the context lasts; then leave them as they are."""
+    async def running(self, *, keep_domains: bool) -> AsyncIterator[None]:
+        """Supervise all domains for as long as the context lasts; then end them, or leave them serving."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             for domain in self.store.domains():
@@ -78,9 +80,11 @@ class Service:
             try:
                 yield
             finally:
+                # By now nobody gives orders any more.
                 with trio.CancelScope(shield=True):
-                    for supervisor in list(self.supervisors.values()):
-                        await supervisor.leave()
+                    async with trio.open_nursery() as ending:
+                        for supervisor in self.supervisors.values():
+                            ending.start_soon(supervisor.leave if keep_domains else supervisor.stop)
                 nursery.cancel_scope.cancel()
 
     def _supervise(self, name: str) -> Supervisor:
@@ -95,13 +99,6 @@ class Service:
         self.supervisors[name] = supervisor
         self._nursery.start_soon(supervisor.run)
         return supervisor
-
-    async def stop_all(self) -> None:
-        """End every domain server, in order."""
-        async with trio.open_nursery() as nursery:
-            for supervisor in self.supervisors.values():
-                nursery.start_soon(supervisor.stop)
-        self.supervisors.clear()
 
     def note_change(self) -> None:
         """Something an operator sees may have changed."""
@@ -126,8 +123,8 @@ class Service:
 
     async def create_group(self, name: str, urls: Sequence[str], layout: str, *, force: bool) -> Group:
         """Make a group of devices, and label them. Raises StandfastError, and then nothing has changed."""
-        async with self._site:
-            parsed = parse_layout(layout)
+        parsed = parse_layout(layout)
+        async with self._labelling:
             group = await groups.create_group(self.store, name, urls, parsed, force=force, at=time.time())
             self.note_change()
             return group
@@ -138,7 +135,7 @@ class Service:
         Raises:
             NotFoundError, RefusedError: there is none, or a domain uses it.
         """
-        async with self._site:
+        async with self._labelling:
             group = self.store.group(name)
             self.store.remove_group(name, time.time())
             self.note_change()
@@ -178,12 +175,16 @@ class Service:
                 name, uuid4(), size_bytes, Replication.SYNC, listen, record, runs, time.time()
             )
             supervisor = self._supervise(name)
-            with trio.move_on_after(CREATE_TIMEOUT_S):
-                await supervisor.settled.wait()
-            if supervisor.trouble() or not supervisor.settled.is_set():
-                trouble = supervisor.trouble() or "it did not come up in time"
-                await self._take_away(name)
-                raise RefusedError(f"domain {name} cannot be put online: {trouble}")
+            try:
+                with trio.move_on_after(CREATE_TIMEOUT_S):
+                    await supervisor.settled.wait()
+                if supervisor.trouble() or not supervisor.settled.is_set():
+                    trouble = supervisor.trouble() or "it did not come up in time"
+                    raise RefusedError(f"domain {name} cannot be put online: {trouble}")
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await self._take_away(name)
+                raise
         return self.store.domain(name)
 
     def _check_replication(self, replication: str) -> None:
@@ -201,11 +202,16 @@ class Service:
             )
 
     async def _take_away(self, name: str) -> None:
+        domain = self.store.domain(name)
         supervisor = self.supervisors.pop(name, None)
-        if supervisor is not None:
-            await supervisor.stop()
+        clean = not domain.session_open if supervisor is None else await supervisor.stop()
+        if not clean and any(is_remote(self.store.group(leg.group)) for leg in domain.record.legs):
+            # Writes of unknown fate may still land on another server's devices: not in somebody else's space.
+            await trio.sleep(self.settings.quarantine_s)
         self.store.remove_domain(name, time.time())
-        shutil.rmtree(self.run_directory / name, ignore_errors=True)
+        with suppress(process.StartError):
+            if process.find(self.run_directory / name, domain.domain.uuid) is None:
+                shutil.rmtree(self.run_directory / name, ignore_errors=True)
         self.note_change()
 
     async def remove_domain(self, name: str, *, force: bool) -> None:
@@ -227,8 +233,10 @@ class Service:
                 self.store.change(domain.domain.id, StoreChange(desired=Desired.ONLINE), time.time())
                 self._supervise(name)
                 self.note_change()
-        supervisor = self.supervisors[name]
+            supervisor = self.supervisors[name]
         await supervisor.settled.wait()
+        if supervisor.ended.is_set():
+            raise RefusedError(f"domain {name} was stopped meanwhile")
         if supervisor.trouble():
             raise RefusedError(f"domain {name} does not serve: {supervisor.trouble()}")
 
@@ -271,7 +279,7 @@ class Service:
         """
         supervisor = self._supervisor(name)
 
-        async def begin(session: Session) -> int:
+        async def begin(session: Session) -> tuple[int, str]:
             chosen = target or session.machine.successor()
             if chosen is None:
                 backups = [
@@ -281,10 +289,15 @@ class Service:
                 raise RefusedError(f"domain {name} has no uptodate backup to fail over to: {states}")
             generation = session.machine.record.generation
             await session.fail_over(chosen)
-            return generation
+            return generation, chosen
 
-        before = await supervisor.do(begin)
+        before, chosen = await supervisor.do(begin)
         await self._wait_settled(supervisor, before)
+        record = self.store.domain(name).record
+        if record.active != chosen:
+            raise RefusedError(
+                f"domain {name} did not fail over to {chosen}, which was lost on the way; {record.active} is active"
+            )
         with trio.move_on_after(RECEIPT_PATIENCE_S):
             while True:
                 version = self.version

@@ -44,7 +44,7 @@ from proxy.failover import (
     Transition,
 )
 from proxy.manager import maps, messages
-from proxy.manager.legs import Leg, Legs, evidence_of, is_evidence, is_remote
+from proxy.manager.legs import Leg, Legs, Numbers, evidence_of, is_evidence, is_remote
 from proxy.manager.link import CommandError, Link, ServerGoneError
 from proxy.manager.settings import Settings
 from proxy.model import FailoverReceipt, Group, LegState, Severity
@@ -78,8 +78,9 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """An attempt to open a leg has ended."""
+    """An attempt to open a leg has ended. ``link``: to the server that has the leg."""
 
+    link: Link
     group: str
     result: Leg | Evidence
 
@@ -104,6 +105,7 @@ class Session:
         link: to the domain server; its ``run`` is somebody else's.
         nursery: for openings in the background.
         post, queue: both ends of the domain's queue, which outlives this session.
+        numbers: for the domain's legs; they outlive this session too.
         making: numbers of disks that somebody is making.
         changed: called when what an operator sees may have changed.
     """
@@ -118,6 +120,7 @@ class Session:
         nursery: trio.Nursery,
         post: trio.MemorySendChannel[Item],
         queue: trio.MemoryReceiveChannel[Item],
+        numbers: Numbers,
         making: Set[int],
         changed: Callable[[], None],
     ) -> None:
@@ -125,7 +128,7 @@ class Session:
         self.link = link
         self.store = store
         self.machine = Failover(store.domain(name).record)
-        self.legs = Legs(link, settings)
+        self.legs = Legs(link, settings, numbers)
         self.stuck = ""
         self._making = making
         self._settings = settings
@@ -136,6 +139,7 @@ class Session:
         self._postponed: deque[Order] = deque()
         self._resyncs: dict[str, Order] = {}
         self._zeroing: dict[int, Order] = {}
+        self._door_due = ""  # the TCP address that could not be had yet
         self._hold_number = 0
         self._unsettled: int | None = None
         self._with_record = StoreChange()  # what goes into the transaction of the next record
@@ -151,7 +155,7 @@ class Session:
         domain = self.store.domain(self.name)
         groups = self._groups()
         if domain.domain.listen:
-            await self.link.call("listen", address=domain.domain.listen)
+            await self._listen(domain.domain.listen, is_new=domain.record.generation == 1)
         await self.offer(domain.disks)
         lost: dict[str, Evidence] = {}
 
@@ -167,6 +171,9 @@ class Session:
                 nursery.start_soon(open_one, group)
         if self.link.gone.is_set():
             raise ServerGoneError("it has ended")
+        for record in domain.record.legs:
+            if record.group not in domain.record.attached():
+                self.legs.suspect(groups[record.group])  # how it was lost is not known any more
         if domain.session_open:
             self.tell(
                 Severity.WARNING,
@@ -186,6 +193,14 @@ class Session:
         """Take over a domain server that a manager before us had."""
         groups = self._groups()
         hello = await self.link.call("hello")
+        if hello["generation"] == 0:
+            # It was being started and serves nobody; what its start had to see to, only its starter knew.
+            raise ServerGoneError("it never served under a manager that died; another one is started")
+        if hello["generation"] > self.machine.record.generation:
+            raise StoreError(
+                f"the store of domain {self.name} is older (generation {self.machine.record.generation}) than its "
+                f"running domain server ({hello['generation']}): end this manager and bring back the newer store"
+            )
         status = await self.link.call("status")
         lost: dict[str, Evidence] = {}
         for text, found in hello["legs"].items():
@@ -222,20 +237,25 @@ class Session:
                     await self._feed(RetryRecord())
             elif isinstance(item, Order):
                 await self._take_order(item)
+            elif item.link is not self.link:
+                continue  # of a server that is gone
             elif isinstance(item, Opened):
                 self._take_opened(item)
-            elif item.link is self.link:
+            else:
                 if item.event is None:
                     raise ServerGoneError("it has ended")
                 await self._take_event(item.event)
 
     def close(self) -> None:
         """The server is gone: nobody need wait for what only it could have done."""
-        error = RefusedError(f"the domain server of {self.name} ended meanwhile; try again")
+        error = self._ended()
         for order in [*self._resyncs.values(), *self._zeroing.values()]:
             order.finish(error)
         for order in self._postponed:
             self._post.send_nowait(order)
+
+    def _ended(self) -> RefusedError:
+        return RefusedError(f"the domain server of {self.name} ended meanwhile; try again")
 
     async def _next(self) -> Item | None:
         """The next thing, or None when it is only time to look again."""
@@ -250,6 +270,7 @@ class Session:
         return (
             self.machine.phase in (Phase.HELD, Phase.UNRECORDED)
             or bool(self._resyncs)
+            or bool(self._door_due)
             or any(leg.copied for leg in self.legs.open.values())
             or any(
                 leg.state is LegState.SYNCING and not self.legs.open[leg.group].copying
@@ -271,9 +292,9 @@ class Session:
             order.finish(error)
         except CommandError as error:
             order.finish(RefusedError(str(error)))
-        except ServerGoneError as error:
-            order.finish(RefusedError(f"the domain server of {self.name} ended meanwhile; try again"))
-            raise error
+        except BaseException:
+            order.finish(self._ended())
+            raise
         else:
             order.finish()
 
@@ -411,6 +432,8 @@ class Session:
 
     async def _reconcile(self) -> None:
         """Bring lost legs back to a held domain, sync what is to be synced, tidy up."""
+        if self._door_due:
+            await self._listen(self._door_due, is_new=False)
         if self.machine.phase is Phase.HELD:
             await self._reopen_lost()
         if self.machine.phase is Phase.SERVING:
@@ -428,7 +451,20 @@ class Session:
     async def _open(self, group: str) -> None:
         runs = self.store.domain(self.name).runs[group]
         result = await self.legs.connect(self._groups()[group], runs, fresh=True)
-        self._post.send_nowait(Opened(group, result))
+        self._post.send_nowait(Opened(self.link, group, result))
+
+    async def _listen(self, address: str, *, is_new: bool) -> None:
+        """Open the TCP door. Where it was before, somebody else may be; the Unix door is open all the same."""
+        try:
+            await self.link.call("listen", address=address)
+        except CommandError as error:
+            if is_new:
+                raise
+            if not self._door_due:
+                self.tell(Severity.ERROR, "no-tcp", f"domain {self.name} {error}; it is tried again")
+            self._door_due = address
+        else:
+            self._door_due = ""
 
     async def _reopen_lost(self) -> None:
         for group, evidence in list(self.machine.lost.items()):
@@ -448,14 +484,18 @@ class Session:
         for group, order in list(self._resyncs.items()):
             leg = self.legs.open.get(group)
             if leg is None:
+                await self.legs.abandon(self._groups()[group])
                 self._begin_open(group)
             elif self.legs.trusted(leg):
                 del self._resyncs[group]
                 leg.fresh_at = None
                 try:
                     await self.change(Change({group: LegState.SYNCING}, f"resync of {group}"), StoreChange())
-                except StoreError as error:
+                except (StoreError, RefusedError) as error:
                     order.finish(error)
+                except BaseException:
+                    order.finish(self._ended())
+                    raise
                 else:
                     order.finish()
                 return
@@ -513,7 +553,10 @@ class Session:
             raise StoreError(self._store_error)
 
     async def fail_over(self, target: str) -> None:
-        """Begin a failover to ``target``. Raises RefusedError."""
+        """Begin a failover to ``target``. Raises RefusedError, or StoreError when it could not be recorded."""
+        # Clients are not held for a store that takes nothing; this is how to know beforehand.
+        message = f"a failover of domain {self.name} to {target} is ordered"
+        self.store.add_events([NewEvent(Severity.INFO, "ordered", message, self.name)], time.time())
         await self._feed(Ordered(target))
 
     def resync(self, group: str) -> Order:

@@ -16,6 +16,7 @@ import trio
 
 from proxy.errors import RefusedError, StandfastError, StoreError
 from proxy.manager import process
+from proxy.manager.legs import Numbers
 from proxy.manager.link import CommandError, Link, ServerGoneError
 from proxy.manager.session import Item, Order, Session, Told, nothing
 from proxy.manager.settings import Settings
@@ -30,7 +31,11 @@ RESTART_LAST_S = 10.0
 #: A server that has lived this long is not ending in a loop.
 RESTART_FORGET_S = 60.0
 #: How long an order waits for its turn.
-ORDER_PATIENCE_S = 30.0
+ORDER_PATIENCE_S = 20.0
+#: How long somebody who only looks waits for the domain server's own word.
+STATUS_PATIENCE_S = 2.0
+#: A server that is told to stop gives its clients 10 s; then it has to be gone.
+STOP_PATIENCE_S = 15.0
 
 T = TypeVar("T")
 
@@ -59,9 +64,11 @@ class Supervisor:
         self._changed = changed
         self._session: Session | None = None
         self._scope = trio.CancelScope()
+        self._numbers = Numbers()
         # Unbounded: what fills it is bounded by what there is to tell, and its one reader never blocks on it.
         self._post, self._queue = trio.open_memory_channel[Item](math.inf)
         self._stopping = False
+        self._ending = False  # and its domain server with it
 
     # --- What others may ask ----------------------------------------------------------------------
 
@@ -92,13 +99,13 @@ class Supervisor:
         return {} if self._session is None else {g: leg.number for g, leg in self._session.legs.open.items()}
 
     async def status(self) -> dict[str, Any] | None:
-        """What the domain server says of itself; None when there is none."""
+        """What the domain server says of itself; None when there is none, or it does not answer."""
         if self._session is None:
             return None
         try:
-            status: dict[str, Any] = await self._session.link.call("status")
+            status: dict[str, Any] = await self._session.link.call("status", limit_s=STATUS_PATIENCE_S)
             return status
-        except ServerGoneError:
+        except (ServerGoneError, CommandError):
             return None
 
     async def do(self, work: Callable[[Session], Awaitable[T]]) -> T:
@@ -148,6 +155,7 @@ class Supervisor:
                         await trio.sleep(pause_s)
                     pause_s = min(2 * pause_s, RESTART_LAST_S)
         finally:
+            self.settled.set()
             self.ended.set()
 
     def _fail(self, error: StandfastError) -> None:
@@ -163,10 +171,11 @@ class Supervisor:
 
     async def _serve(self) -> None:
         """One domain server, until it is gone."""
-        running = process.find(self.directory)
+        uuid = self._store.domain(self.name).domain.uuid
+        running = process.find(self.directory, uuid)
         adopted = running is not None
         if running is None:
-            running = process.start(self.name, self.directory, deadline_ms=self._settings.deadline_ms)
+            running = process.start(self.name, uuid, self.directory, deadline_ms=self._settings.deadline_ms)
         try:
             link = await self._connect(running)
             error = await self._deal(link, adopted=adopted)
@@ -177,6 +186,11 @@ class Supervisor:
                 await running.wait_gone()
             raise error
         finally:
+            if self._ending:
+                # Cancelled between its start and its lock, say: nobody else would find it.
+                running.kill()
+                with trio.CancelScope(shield=True):
+                    await running.wait_gone()
             running.close()
 
     async def _connect(self, running: process.Process) -> Link:
@@ -203,6 +217,7 @@ class Supervisor:
                     nursery=nursery,
                     post=self._post,
                     queue=self._queue,
+                    numbers=self._numbers,
                     making=self.making,
                     changed=self._changed,
                 )
@@ -225,20 +240,43 @@ class Supervisor:
 
     async def stop(self) -> bool:
         """End the domain server and this supervisor; True when all that was acknowledged is on every leg."""
-        self._stopping = True
+        self._stopping = self._ending = True
         clean = False
         if self._session is not None:
             link = self._session.link
-            with suppress(ServerGoneError, CommandError):
-                clean = (await link.call("stop"))["clean"]
-            await link.gone.wait()
-        else:
-            self._scope.cancel()
+            with suppress(ServerGoneError, CommandError), trio.move_on_after(STOP_PATIENCE_S):
+                clean = (await link.call("stop", limit_s=math.inf))["clean"]
+                await link.gone.wait()
+        self._scope.cancel()
         await self.ended.wait()
+        await self._end_process()
         if clean:
             domain = self._store.domain(self.name).domain
-            self._store.change(domain.id, Change(session_open=False), time.time())
+            try:
+                self._store.change(domain.id, Change(session_open=False), time.time())
+            except StoreError as error:
+                log.warning("domain %s: that it ended cleanly is not recorded: %s", self.name, error)
         return clean
+
+    async def _end_process(self) -> None:
+        """Make sure that no domain server is left, such as one that serves while its store cannot be used."""
+        uuid = self._store.domain(self.name).domain.uuid
+        with trio.move_on_after(STOP_PATIENCE_S):
+            while True:
+                try:
+                    running = process.find(self.directory, uuid)
+                except process.StartingError:
+                    await trio.sleep(0.01)  # it has its lock, and is about to say who it is
+                    continue
+                except process.StartError:
+                    return  # somebody else's
+                if running is None:
+                    return
+                try:
+                    running.kill()
+                    await running.wait_gone()
+                finally:
+                    running.close()
 
     async def leave(self) -> None:
         """End this supervisor and let the domain server serve on."""

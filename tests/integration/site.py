@@ -80,7 +80,7 @@ class Site:
 
     def server_pid(self, domain: str) -> int:
         """The process that serves a domain."""
-        return int((self.run / domain / "lock").read_text())
+        return int((self.run / domain / "lock").read_text().split()[0])
 
     async def device(self, name: str, megabytes: int, *, server: str = "nbdkit") -> str:
         """Start a server (nbdkit, qemu-nbd) of an image, made when absent; its URL."""
@@ -195,7 +195,7 @@ class Site:
             self.manager.wait()
         for lock in self.run.glob("*/lock"):
             try:
-                server = os.pidfd_open(int(lock.read_text()))
+                server = os.pidfd_open(int(lock.read_text().split()[0]))
             except (OSError, ValueError):
                 continue
             signal.pidfd_send_signal(server, signal.SIGKILL)
