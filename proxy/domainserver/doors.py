@@ -1,5 +1,6 @@
 """The NBD listeners of a domain: clients come in here, negotiate, and are handed to the engine."""
 
+import errno
 import logging
 import os
 import socket
@@ -166,9 +167,11 @@ class Doors:
         self.clients[number] = disk
         log.debug("client %d: disk %s", number, disk)
 
-    def forget(self, number: int) -> None:
-        """The engine says that a connection is gone."""
+    def forget(self, number: int, code: int) -> None:
+        """The engine says that a connection is gone; ``code`` is an errno, or 0."""
         disk = self.clients.pop(number, None)
+        if code == errno.ETIMEDOUT:
+            log.warning("client %d of disk %s was dropped: it kept others waiting for memory", number, disk)
         log.debug("client %d: gone from disk %s", number, disk)
 
 

@@ -449,6 +449,8 @@ cdef class Engine:
             raise ValueError(f"{len(legs)} legs; a map has 1 to {LEGS_MAX}")
         if [role for _, role in legs].count(LegRole.ACTIVE) != 1:
             raise ValueError("exactly one leg is active")
+        if len({leg_id for leg_id, _ in legs}) != len(legs):
+            raise ValueError("a leg is named twice")
         if core.map != NULL and generation <= core.map.generation or generation in self._maps:
             raise ValueError(f"generation {generation} is not newer than the installed one")
         map = <Map *>calloc(1, sizeof(Map))
@@ -465,6 +467,8 @@ cdef class Engine:
             map.can_fua = map.can_zero = True
             for i, (leg_id, role) in enumerate(legs):
                 leg = self._leg(leg_id)
+                if leg.closing:
+                    raise ValueError(f"leg {leg_id} is being closed")
                 map.legs[i] = leg
                 map.roles[i] = role
                 if role == LegRole.ACTIVE:

@@ -10,11 +10,11 @@ cdef enum:
     # Orders 0 to 14: 4 KiB to 64 MiB. The largest request is 32 MiB, and rounding an unaligned one out
     # to whole blocks makes it a little longer.
     ARENA_ORDERS = 15
-    # Two of the largest at once. Untouched pages cost nothing.
-    ARENA_PAGES = 2 << 14
-    # What clients' requests may take: the other half is for doing requests again whose buffers a hung
-    # device may still write into.
-    ARENA_CLIENT_BYTES = ARENA_PAGES * PAGE // 2
+    # Eight of the largest at once. Untouched pages cost nothing.
+    ARENA_PAGES = 8 << 14
+    # What clients' requests may take. The rest is for doing requests again whose buffers a hung device may
+    # still write into, and for such buffers to lie scattered without leaving no room for a large one.
+    ARENA_CLIENT_BYTES = ARENA_PAGES * PAGE // 4
     NO_PAGE = -1
 
 cdef struct Arena:
@@ -98,6 +98,15 @@ cdef char *arena_take(Arena *arena, uint64_t length) noexcept nogil:
     arena.used_bytes += <uint64_t>PAGE << wanted
     arena.touched = True
     return arena.base + <uint64_t>page * PAGE
+
+cdef inline uint64_t arena_round(uint64_t length) noexcept nogil:
+    """What a buffer of ``length`` bytes takes; nothing for nothing."""
+    cdef uint64_t size = PAGE
+    if length == 0:
+        return 0
+    while size < length:
+        size <<= 1
+    return size
 
 cdef inline int32_t arena_page(Arena *arena, char *buffer) noexcept nogil:
     return <int32_t>((buffer - arena.base) // PAGE)

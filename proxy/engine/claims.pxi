@@ -43,22 +43,26 @@ cdef bint claim_maybe(Core *core, Request *request) noexcept nogil:
             return True
     return False
 
-cdef Request *claim_conflict(Request *start, Request *end, Request *request) noexcept nogil:
-    """The first claim from ``start`` up to, not including, ``end`` that conflicts, or NULL."""
-    cdef Request *other = start
-    while other != end:
+cdef Request *claim_conflict(Request *latest, Request *request) noexcept nogil:
+    """The latest claim, from ``latest`` back to the earliest, that conflicts; or NULL.
+
+    The latest, since that one will mostly be the last to go: a queue for one block then moves one by one,
+    and its others are not looked at in vain.
+    """
+    cdef Request *other = latest
+    while other != NULL:
         if (other.disk == request.disk
                 and (other.exclusive or request.exclusive)
                 and other.claim_offset < request.claim_end and request.claim_offset < other.claim_end):
             return other
-        other = other.claim_next
+        other = other.claim_previous
     return NULL
 
 cdef bint claim(Core *core, Request *request) noexcept nogil:
     """Claim the request's span; True when it may run now, False when an earlier one is in its way."""
     cdef Request *conflict = NULL
     if claim_maybe(core, request):
-        conflict = claim_conflict(core.claims_head, NULL, request)
+        conflict = claim_conflict(core.claims_tail, request)
     request.claim_next = NULL
     request.claim_previous = core.claims_tail
     if core.claims_tail == NULL:
@@ -69,19 +73,24 @@ cdef bint claim(Core *core, Request *request) noexcept nogil:
     request.claimed = True
     request.blocks_others = False
     claim_count(core, request, 1)
+    request.waits_for = conflict
     if conflict != NULL:
         conflict.blocks_others = True
     return conflict == NULL
 
 cdef bint claim_clear(Core *core, Request *request) noexcept nogil:
     """Whether a waiting request may run now; if not, what is in its way will tell when it goes."""
-    cdef Request *conflict = claim_conflict(core.claims_head, request, request)
+    cdef Request *conflict
+    if request.waits_for != NULL:
+        return False
+    conflict = request.waits_for = claim_conflict(request.claim_previous, request)
     if conflict != NULL:
         conflict.blocks_others = True
     return conflict == NULL
 
 cdef void unclaim(Core *core, Request *request) noexcept nogil:
     """Give the claim back; whoever waits for it is looked at when the loop settles."""
+    cdef Request *waiting = core.waiting.head
     if not request.claimed:
         return
     if request.claim_previous == NULL:
@@ -96,3 +105,7 @@ cdef void unclaim(Core *core, Request *request) noexcept nogil:
     request.claimed = False
     if request.blocks_others:
         core.wake = True
+        while waiting != NULL:
+            if waiting.waits_for == request:
+                waiting.waits_for = NULL
+            waiting = waiting.next

@@ -7,13 +7,14 @@ cdef enum:
     REQUESTS_MAX = 2048
     # What the engine's own work (copying, zeroing) always finds free, so that clients cannot starve it.
     REQUESTS_RESERVED = 64
-    SUBOPS_MAX = 4096
-    # Of one leg, so that one that hangs for ever leaves enough for all others.
-    SUBOPS_PER_LEG = SUBOPS_MAX // LEGS_MAX
+    SUBOPS_MAX = 8192
+    # Of one leg, so that a map's legs find enough beside as many that were fenced and hang for ever.
+    SUBOPS_PER_LEG = SUBOPS_MAX // (2 * LEGS_MAX)
     # Of one request in flight: a long one advances in steps, so that it cannot take the whole pool.
     SUBOPS_PER_REQUEST = 64
     CONNECTIONS_MAX = 1024
-    # Of one connection: past either, its socket is not read until answers have gone out.
+    # Of one connection at most, and less when there are many (connections_share): past either, its socket
+    # is not read until answers have gone out.
     REQUESTS_PER_CONNECTION = 256
     BYTES_PER_CONNECTION = 48 << 20   # room for the largest request and half as much again
     PAYLOAD_MAX = 32 << 20     # of one READ or WRITE: what proto.md asks every server to take
@@ -28,8 +29,8 @@ cdef enum:
     FLUSH_PATIENCE = 4         # a flush may take this many deadlines: it answers for many writes
     SEND_IOVS = 512            # of one send: below the kernel's 1,024, and enough for a full batch
     BLOCK_SIZE_MIN = 512       # what a client that asks is told to keep to
-    # A client that stops in the middle of a write's payload holds memory others wait for.
-    PAYLOAD_PATIENCE_NS = 30000000000
+    # How long a client that does not take its answers, or does not finish a payload, may keep others waiting.
+    CLIENT_PATIENCE_NS = 5000000000
     COPY_CHUNK = 512 << 10     # of one step of a copy: what a client's write may have to wait for
     COPY_WINDOW = 4            # steps of one copy in flight
 
@@ -165,6 +166,7 @@ cdef struct Request:
     bint claimed
     bint exclusive             # its claim is a writer's
     bint blocks_others
+    Request *waits_for         # the latest of the claims in its way; NULL: to be looked at again
     bint starved               # waits for a sub-operation's slot
     bint replayed              # was held or parked
     bint scribbled             # an answer nobody waits for may yet be written into its buffers
@@ -309,8 +311,10 @@ cdef struct Connection:
     uint64_t in_flight_bytes
     Request *filling           # a write whose payload is being received
     uint64_t skip              # bytes of a refused write's payload still to come
-    uint64_t heard_ns          # when the client last sent something
+    uint64_t filling_ns        # since when
+    uint64_t sending_ns        # since when the batch waits for the client to take it; 0: it does not
     uint64_t wanted_bytes      # what it is in line for
+    uint64_t stalled_ns        # since when
     RequestList answers
     RequestList batch          # answers being sent
     Connection *next_dirty
@@ -408,6 +412,8 @@ cdef struct Core:
     Copier copiers[LEG_SLOTS]     # one for each leg, so that there always is one
     Connection *connections[CONNECTIONS_MAX]
     uint32_t connection_count
+    uint32_t request_share     # what one connection may have in flight as things are
+    uint64_t byte_share
     Counters counters
     Request *requests
     SubOp *subops

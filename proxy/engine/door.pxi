@@ -10,7 +10,17 @@ cdef void connection_open(Core *core, Connection *connection) noexcept nogil:
     """Begin to serve; what the client sent early is in the stream already."""
     core.connections[connection.number] = connection
     core.connection_count += 1
+    connections_share(core)
     connection_read(core, connection)
+
+cdef void connections_share(Core *core) noexcept nogil:
+    """Divide what clients may take among them, and one more that may come."""
+    core.request_share = (REQUESTS_MAX - REQUESTS_RESERVED) // (core.connection_count + 1)
+    if core.request_share > REQUESTS_PER_CONNECTION:
+        core.request_share = REQUESTS_PER_CONNECTION
+    core.byte_share = ARENA_CLIENT_BYTES // (core.connection_count + 1)
+    if core.byte_share > BYTES_PER_CONNECTION:
+        core.byte_share = BYTES_PER_CONNECTION
 
 cdef void connection_read(Core *core, Connection *connection) noexcept nogil:
     """Take in what was received and ask for more, unless the connection is closing or must wait."""
@@ -24,7 +34,6 @@ cdef void connection_read(Core *core, Connection *connection) noexcept nogil:
 cdef void connection_receive_done(Core *core, Op *op) noexcept nogil:
     cdef Connection *connection = <Connection *>op.owner
     cdef Stream *stream = &connection.stream
-    connection.heard_ns = core.now_ns
     if op.result == 0:
         # The client asks for nothing more; it may still be listening for answers.
         stream.receiving = False
@@ -36,11 +45,11 @@ cdef void connection_receive_done(Core *core, Op *op) noexcept nogil:
         stream_received(stream, <uint64_t>op.result if op.result > 0 else 0)
     connection_read(core, connection)
 
-cdef bint connection_sated(Connection *connection, uint64_t bytes) noexcept nogil:
+cdef bint connection_sated(Core *core, Connection *connection, uint64_t bytes) noexcept nogil:
     """Whether a connection has its share of requests or bytes in flight; one request is its due."""
     return connection.in_flight > 0 and (
-        connection.in_flight >= REQUESTS_PER_CONNECTION
-        or connection.in_flight_bytes + bytes > BYTES_PER_CONNECTION)
+        connection.in_flight >= core.request_share
+        or connection.in_flight_bytes + bytes > core.byte_share)
 
 cdef bint room_for(Core *core, uint64_t bytes) noexcept nogil:
     """Whether a client's request that needs a buffer of ``bytes`` can be taken in."""
@@ -51,6 +60,7 @@ cdef bint room_for(Core *core, uint64_t bytes) noexcept nogil:
 cdef void connection_stall(Core *core, Connection *connection, uint64_t bytes) noexcept nogil:
     """Get in line for memory: first come, first served, so that large requests get their turn."""
     connection.stalled = True
+    connection.stalled_ns = core.now_ns
     connection.wanted_bytes = bytes
     connection.next_stalled = NULL
     if core.stalled_tail == NULL:
@@ -114,6 +124,7 @@ cdef bint connection_parse(Core *core, Connection *connection) noexcept nogil:
         error = request.error
         if request.kind == WRITE and request.length and request.state == IDLE:
             connection.filling = request
+            connection.filling_ns = core.now_ns
             if error:
                 connection.skip = request.length
             else:
@@ -143,8 +154,8 @@ cdef Request *connection_request(Core *core, Connection *connection, char *heade
     cdef Request *request
     if not error and (command == NBD_CMD_READ or command == NBD_CMD_WRITE):
         data_bytes = (offset + length + CLAIM_BLOCK - 1) // CLAIM_BLOCK * CLAIM_BLOCK - begin
-    bytes = data_bytes + (2 * CLAIM_BLOCK if edges else 0)
-    if connection_sated(connection, bytes):
+    bytes = arena_round(data_bytes + (2 * CLAIM_BLOCK if edges else 0))
+    if connection_sated(core, connection, bytes):
         connection.sated = True
         return NULL
     # Nobody overtakes those in line, except whoever has just come to its head.
@@ -172,8 +183,8 @@ cdef Request *connection_request(Core *core, Connection *connection, char *heade
         core.counters.refused += 1
     connection.in_flight += 1
     if request.buffer != NULL:
-        connection.in_flight_bytes += arena_size(&core.arena, request.buffer)
-        core.client_bytes += arena_size(&core.arena, request.buffer)
+        connection.in_flight_bytes += bytes
+        core.client_bytes += bytes
     return request
 
 cdef int32_t connection_check(Core *core, Connection *connection, uint16_t flags, uint16_t command,
@@ -252,11 +263,14 @@ cdef void connection_send(Core *core, Connection *connection) noexcept nogil:
                 stream_put(stream, request.buffer + (request.offset - request.claim_offset), request.length)
         if stream_send(core, stream):
             connection_sent(core, connection)
+        else:
+            connection.sending_ns = core.now_ns
     connection_check_closed(core, connection)
 
 cdef void connection_sent(Core *core, Connection *connection) noexcept nogil:
     """The batch is gone: its requests are over, and their share is free again."""
     cdef Request *request
+    connection.sending_ns = 0
     while connection.batch.count:
         request = list_pop(&connection.batch)
         connection.in_flight -= 1
@@ -326,14 +340,30 @@ cdef void connections_bury(Core *core) noexcept nogil:
         core.closed_connections = connection.next_closed
         core.connections[connection.number] = NULL
         core.connection_count -= 1
+        connections_share(core)
         event_put(core, EVENT_CONNECTION_CLOSED, 0, 0, connection.error, 0, connection.number, 0)
 
 cdef void connections_check(Core *core) noexcept nogil:
-    """End those that stopped in the middle of a payload and hold its memory."""
+    """End the client that has kept others waiting longest, by not taking its answers or not finishing a payload.
+
+    Only while somebody is in line: a client that is merely paused, and hurts nobody, is let be.
+    """
+    cdef Connection *slowest = NULL
     cdef Connection *connection
+    cdef uint64_t since
+    cdef uint64_t longest = core.now_ns
     cdef uint32_t i
+    if core.stalled_head == NULL or core.now_ns - core.stalled_head.stalled_ns <= CLIENT_PATIENCE_NS:
+        return
     for i in range(CONNECTIONS_MAX):
         connection = core.connections[i]
-        if (connection != NULL and connection.filling != NULL and not connection.closing
-                and core.now_ns - connection.heard_ns > PAYLOAD_PATIENCE_NS):
-            connection_abort(core, connection, ETIMEDOUT)
+        if connection == NULL or connection.shut:
+            continue
+        since = connection.sending_ns
+        if connection.filling != NULL and (since == 0 or connection.filling_ns < since):
+            since = connection.filling_ns
+        if since and since < longest and core.now_ns - since > CLIENT_PATIENCE_NS:
+            slowest = connection
+            longest = since
+    if slowest != NULL:
+        connection_abort(core, slowest, ETIMEDOUT)

@@ -72,6 +72,7 @@ cdef void send_all(Core *core) noexcept nogil:
 
 cdef void settle_all(Core *core) noexcept nogil:
     """After a batch of completions: go on with everything that can, until only waiting is left."""
+    cdef bint was_stopped
     while True:
         settle(core)
         copiers_pump(core)
@@ -86,9 +87,14 @@ cdef void settle_all(Core *core) noexcept nogil:
             continue
         break
     if core.now_ns >= core.tick_ns:
+        # Long overdue: we were stopped ourselves, and what has come meanwhile is still to be heard.
+        was_stopped = core.tick_ns and core.now_ns - core.tick_ns > core.deadline_ns // 4
         core.tick_ns = core.now_ns + TICK_NS
-        check_deadlines(core)
-        connections_check(core)
+        if was_stopped and anything_in_flight(core):
+            core.tick_ns += core.deadline_ns // 4
+        else:
+            check_deadlines(core)
+            connections_check(core)
     connections_bury(core)
 
 cdef bint anything_in_flight(Core *core) noexcept nogil:

@@ -34,7 +34,7 @@ RESTART_FORGET_S = 60.0
 ORDER_PATIENCE_S = 20.0
 #: How long somebody who only looks waits for the domain server's own word.
 STATUS_PATIENCE_S = 2.0
-#: A server that is told to stop gives its clients 10 s; then it has to be gone.
+#: A server that is told to stop gives its clients 5 s and its devices as long; then it has to be gone.
 STOP_PATIENCE_S = 15.0
 
 T = TypeVar("T")

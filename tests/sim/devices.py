@@ -85,6 +85,7 @@ class Device:
         self.streams: list[ServerStream] = []
         self._awake_ns = 0
         self._up_ns = 0
+        self._well_ns = 0
         self._unlanded: dict[Job, None] = {}
 
     # --- How it is --------------------------------------------------------------------------------
@@ -107,6 +108,10 @@ class Device:
         """Be out of reach for a while: streams break, a file answers with errors."""
         self._up_ns = max(self._up_ns, self.agenda.now_ns + duration_ns)
         self.break_streams()
+
+    def sicken(self, duration_ns: int) -> None:
+        """Have a bad medium for a while: it answers, and many a write with an error."""
+        self._well_ns = max(self._well_ns, self.agenda.now_ns + duration_ns)
 
     def break_streams(self) -> None:
         """Lose all connections; what they had asked for goes on, or dies with the server."""
@@ -136,7 +141,7 @@ class Device:
 
     def recover(self) -> None:
         """Be well from now on."""
-        self._up_ns = self._awake_ns = 0
+        self._up_ns = self._awake_ns = self._well_ns = 0
         self.faults = Faults()
 
     def spec(self, descriptor: int) -> DeviceSpec:
@@ -167,6 +172,8 @@ class Device:
         error = 0
         if self.agenda.now_ns < self._up_ns:
             error = random.choice((errno.EIO, errno.ENODEV, errno.ENXIO))
+        elif self.agenda.now_ns < self._well_ns and job.kind is JobKind.WRITE and self.agenda.chance(0.3):
+            error = errno.EIO
         elif self.agenda.chance(self.faults.error):
             error = random.choice((errno.EIO, errno.EIO, errno.ENOSPC))
         pieces = [(0, job.length)]

@@ -38,13 +38,19 @@ class Chaos:
         """A few kinds of trouble at random, some ten times in what clients may take."""
         random = agenda.random
         weights = {"resync": random.choice((1, 4, 8))}
-        theme = random.choice(("anything", "anything", "active leg", "backups", "processes", "store"))
+        theme = random.choice(
+            ("anything", "anything", "active leg", "backups", "processes", "store", "hangs", "medium")
+        )
         if theme == "anything":
             weights |= {kind: random.choice((1, 2, 4)) for kind in KINDS if agenda.chance(0.6)}
         elif theme == "active leg":
             weights |= {"lose active": 4, "server crash": random.choice((0, 1)), "failover": 1, "resync": 6}
         elif theme == "backups":
             weights |= {"break": 2, "down": 1, "stall": 1, "lose active": 1, "resync": 6}
+        elif theme == "hangs":
+            weights |= {"hang": 6, "stall": 1, "manager crash": random.choice((0, 1)), "resync": 6}
+        elif theme == "medium":
+            weights |= {"lose active": 2, "sick active": 6, "resync": 8}
         elif theme == "store":
             weights |= {"store full": 3, "failover": 3, "break": 2, "lose active": 1, "resync": 6}
         else:
@@ -280,6 +286,14 @@ class World:
         match kind:
             case "stall":
                 device.stall(duration_ns)
+            case "hang":
+                # What they have in common stops, such as a switch; they come back one by one.
+                for group in self.groups.values():
+                    for device in group.devices:
+                        device.stall(random.randrange(200, 900) * MILLISECOND_NS)
+            case "sick active":
+                for device in self.groups[self.store.record.active].devices:
+                    device.sicken(random.randrange(1, 60) * MILLISECOND_NS)
             case "break":
                 device.break_streams()
             case "down":

@@ -77,6 +77,30 @@ def test_young_operation_behind_an_old_flush_is_judged_by_its_own_age() -> None:
     assert missed(rig) == [(1, 0)]
 
 
+def test_engine_that_was_stopped_itself_hears_what_has_come_before_it_judges() -> None:
+    rig = rig_of_two()
+    (client,) = rig.clients
+    cookie = client.read(0, 512)
+    rig.pump()
+    rig.engine.now_ns += 10 * DEADLINE_NS
+    rig.engine.step()
+    rig.run()
+    assert client.error(cookie) == 0
+    rig.pass_time(DEADLINE_S)
+    assert missed(rig) == []
+
+
+def test_device_that_hangs_is_found_out_soon_after_the_engine_was_stopped() -> None:
+    rig = rig_of_two()
+    rig.clients[0].read(0, 512)
+    rig.pump()
+    rig.engine.now_ns += 10 * DEADLINE_NS
+    rig.pump()
+    assert missed(rig) == []
+    rig.pass_time(0.5 * DEADLINE_S)
+    assert missed(rig) == [(1, 0)]
+
+
 def test_idle_devices_miss_no_deadline() -> None:
     rig = rig_of_two()
     rig.clients[0].write(0, pattern(4 * KIB))

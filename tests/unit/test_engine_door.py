@@ -444,25 +444,30 @@ def test_request_of_32_mib_is_served_aligned_or_not() -> None:
     assert leg.read(100, 32 * MIB) == data
 
 
+def fill_memory(rig: Rig) -> tuple[list[Client], list[int]]:
+    """Clients that have all the memory clients may have, in a read each."""
+    clients = [rig.start(1), *(rig.connect() for _ in range(3))]
+    cookies = [client.read(0, 32 * MIB) for client in clients]
+    rig.pump()
+    return clients, cookies
+
+
 def test_memory_goes_to_those_in_line_first_come_first_served() -> None:
     rig = Rig()
     rig.add_leg(1, (64 * MIB,), transfer_max=64 * MIB)
-    first = rig.start(1)
+    holders, _ = fill_memory(rig)
     large, small = rig.connect(), rig.connect()
-    a = [first.read(0, 16 * MIB), first.read(16 * MIB, 16 * MIB)]
+    first = large.read(0, 32 * MIB)
     rig.pump()
-    b = large.read(0, 32 * MIB)
+    # There is no room for it; the small one came later and waits behind it.
+    second = small.read(0, 4 * KIB)
     rig.pump()
-    c = large.read(0, 32 * MIB)
+    assert len(rig.file_ops()) == len(holders)
+    rig.carry_out(rig.file_ops()[0])
     rig.pump()
-    # There is no room for the last one; the small one came later and waits behind it.
-    d = small.read(0, 4 * KIB)
-    late = first.read(32 * MIB, 8 * MIB)
-    rig.pump()
-    assert len(rig.file_ops()) == 3
+    assert sorted(op.length for op in rig.file_ops())[0] == 32 * MIB
     rig.run()
-    assert [first.error(cookie) for cookie in (*a, late)] == [0, 0, 0]
-    assert (large.error(b), large.error(c), small.error(d)) == (0, 0, 0)
+    assert (large.error(first), small.error(second)) == (0, 0)
 
 
 def test_greedy_client_does_not_starve_a_modest_one() -> None:
@@ -487,12 +492,8 @@ def test_greedy_client_does_not_starve_a_modest_one() -> None:
 def test_client_that_leaves_while_in_line_is_let_go() -> None:
     rig = Rig()
     rig.add_leg(1, (64 * MIB,), transfer_max=64 * MIB)
-    first = rig.start(1)
-    second = rig.connect()
+    fill_memory(rig)
     third = rig.connect()
-    first.read(0, 32 * MIB)
-    second.read(0, 32 * MIB)
-    rig.pump()
     waiting = third.read(0, 32 * MIB)
     rig.pump()
     third.ended = errno.ECONNRESET
@@ -503,18 +504,69 @@ def test_client_that_leaves_while_in_line_is_let_go() -> None:
     assert rig.engine.statistics().memory_bytes == 0
 
 
-def test_client_that_stops_within_a_payload_loses_its_connection_after_a_while() -> None:
+def test_client_paused_within_a_payload_is_let_be_while_nobody_waits_for_it() -> None:
     rig, client = rig_of_one()
     client.outbox += Request(Command.WRITE, 0, 1, 0, 512, pattern(512, 2)).pack()[:100]
     rig.pump()
-    rig.pass_time(29)
+    rig.pass_time(86400)
     assert client.closed is None
+
+
+@pytest.mark.parametrize("trickle", [False, True])
+def test_client_slow_with_its_payload_loses_its_connection_to_those_it_keeps_waiting(trickle: bool) -> None:
+    rig = Rig()
+    rig.add_leg(1, (64 * MIB,), transfer_max=64 * MIB)
+    slow = [rig.start(1), *(rig.connect() for _ in range(3))]
+    for client in slow:
+        client.outbox += Request(Command.WRITE, 0, 1, 0, 32 * MIB, bytes(32 * MIB)).pack()[:100]
+        rig.pump()
+        rig.pass_time(0.5)
+    victim = rig.connect()
+    cookie = victim.read(0, 4 * KIB)
+    for _ in range(11):
+        if trickle:
+            for client in slow:
+                client.outbox += b"x"
+        rig.pass_time(0.5)
+    rig.run()
+    assert victim.error(cookie) == 0
+    assert [client.closed is not None for client in slow] == [True, False, False, False]
+    assert slow[0].closed is not None
+    assert slow[0].closed.code == errno.ETIMEDOUT
+
+
+def test_client_that_takes_no_answers_loses_its_connection_to_those_it_keeps_waiting() -> None:
+    rig = Rig()
+    rig.add_leg(1, (64 * MIB,), transfer_max=64 * MIB)
+    clients, _ = fill_memory(rig)
+    for client in clients:
+        client.accepts = 1000
+    rig.run()
+    victim = rig.connect()
+    cookie = victim.read(0, 4 * KIB)
+    rig.pass_time(4)
+    rig.run()
+    assert victim.error(cookie) is None
     rig.pass_time(2)
     rig.run()
-    assert client.closed is not None
-    assert client.closed.code == errno.ETIMEDOUT
-    assert rig.legs[1].read(0, 512) == pattern(SIZE)[:512]
-    assert rig.engine.statistics().memory_bytes == 0
+    assert victim.error(cookie) == 0
+    assert [client.closed is not None for client in clients].count(True) == 1
+
+
+def test_clients_with_many_small_unread_answers_leave_slots_for_others() -> None:
+    rig = Rig()
+    rig.add_leg(1, (64 * MIB,), transfer_max=64 * MIB)
+    greedy = [rig.start(1), *(rig.connect() for _ in range(15))]
+    for client in greedy:
+        client.accepts = 0
+        for place in range(256):
+            client.read(place * 4 * KIB, 4 * KIB)
+    rig.run()
+    modest = rig.connect()
+    cookie = modest.read(0, 4 * KIB)
+    rig.run()
+    assert modest.error(cookie) == 0
+    assert [client.closed for client in greedy] == [None] * 16
 
 
 def test_idle_client_keeps_its_connection() -> None:

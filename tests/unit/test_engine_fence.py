@@ -259,29 +259,27 @@ def test_hung_leg_does_not_take_the_memory_clients_go_on_with() -> None:
 
 def test_reads_without_memory_to_be_done_again_in_wait_for_it() -> None:
     rig = Rig()
-    for leg_id in (1, 2, 3):
-        rig.add_leg(leg_id, (64 << 20,), transfer_max=32 << 20)
-    client = rig.start(1, 2, 3)
-    other = rig.connect()
-    reads = [(client, client.read(0, 32 << 20)), (other, other.read(32 << 20, 32 << 20))]
+    legs = range(1, 6)
+    for leg_id in legs:
+        rig.add_leg(leg_id, (128 << 20,), transfer_max=32 << 20)
+    clients = [rig.start(1), *(rig.connect() for _ in range(3))]
+    reads = [client.read(place * (32 << 20), 32 << 20) for place, client in enumerate(clients)]
     rig.pump()
-    first = rig.file_ops(1)
-    failover(rig, 1, 2, 3)
-    second = rig.file_ops(2)
-    assert len(first) == len(second) == 2
-    # Two legs hang with all the memory there is.
-    rig.engine.hold()
-    rig.engine.fence_leg(2)
-    rig.install(3)
-    rig.engine.release()
-    rig.run_leg(3)
-    assert [each.error(cookie) for each, cookie in reads] == [None, None]
-    rig.fail(first[0], errno.EIO)
-    rig.run_leg(3)
-    for op in (first[1], *second):
+    hung = []
+    for leg_id in legs[:-1]:
+        # One after the other hangs, and keeps what was to be read from it.
+        hung.append(rig.file_ops(leg_id))
+        assert len(hung[-1]) == 4
+        failover(rig, leg_id, leg_id + 1)
+    rig.run_leg(5)
+    assert [client.error(cookie) for client, cookie in zip(clients, reads, strict=True)] == [None] * 4
+    for op in hung[0]:
         rig.fail(op, errno.EIO)
-    rig.run_leg(3)
-    assert [each.error(cookie) for each, cookie in reads] == [0, 0]
+        rig.run_leg(5)
+    assert [client.error(cookie) for client, cookie in zip(clients, reads, strict=True)] == [0] * 4
+    for op in (op for ops in hung[1:] for op in ops):
+        rig.fail(op, errno.EIO)
+    rig.run_leg(5)
     assert rig.engine.statistics().memory_bytes == 0
 
 

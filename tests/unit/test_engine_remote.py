@@ -439,3 +439,25 @@ def test_silent_server_misses_its_deadline() -> None:
     rig.pass_time(1.5 * DEADLINE_NS / 1e9)
     (event,) = rig.take_events(EventKind.DEADLINE_MISSED)
     assert (event.leg, event.device, event.code) == (1, 0, errno.ETIMEDOUT)
+
+
+def test_lost_stream_keeps_memory_that_a_receive_may_still_write_into() -> None:
+    rig = Rig()
+    server = rig.add_leg(1, remote=True).devices[0]
+    assert isinstance(server, RemoteDevice)
+    client = rig.start(1)
+    client.read(0, 8192)
+    rig.pump()
+    server.answer(server.commands[0])
+    del server.outbox[100:]  # the header and a part of the payload
+    rig.pump()
+    server.accepts = 0
+    client.write(16384, pattern(512))
+    rig.pump()
+    ops = {op.kind: op for op in rig.engine.pending() if op.fd == server.fd}
+    rig.engine.complete(ops[OpKind.SEND].number, -errno.EPIPE)
+    rig.engine.step()
+    assert rig.engine.statistics().parked == 0
+    rig.engine.complete(ops[OpKind.RECEIVE].number, 0)
+    rig.engine.step()
+    assert rig.engine.statistics().parked == 2
