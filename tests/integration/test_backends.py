@@ -435,8 +435,9 @@ BOOT_CODE = (446, bytes(range(1, 65)))
         ([RAID_AT_THE_END], "linux_raid_member RAID or volume member"),
         ([SQUASHFS, EXT2], "content of more than one kind"),
         ([NTFS, BOOT_CODE, BOOT_MARK], "boot sector"),
+        ([(0, b"QFI\xfb\0\0\0\3")], "qcow2 disk image"),
     ],
-    ids=["blank", "data", "file-system", "partition-table", "raid", "ambivalent", "ntfs"],
+    ids=["blank", "data", "file-system", "partition-table", "raid", "ambivalent", "ntfs", "image"],
 )
 async def test_signature_of_foreign_content_is_recognised(
     case: Case, content: list[tuple[int, bytes]], words: str | None
