@@ -414,6 +414,7 @@ cdef struct Core:
     uint32_t connection_count
     uint32_t request_share     # what one connection may have in flight as things are
     uint64_t byte_share
+    uint32_t batch_answers     # to clients, since the last wait
     Counters counters
     Request *requests
     SubOp *subops

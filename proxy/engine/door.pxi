@@ -235,6 +235,7 @@ cdef void connection_answer(Core *core, Request *request) noexcept nogil:
     else:
         counters.zeroes += 1
     request.state = FINISHED
+    core.batch_answers += 1
     sf_put32(request.reply, NBD_SIMPLE_REPLY_MAGIC)
     sf_put32(request.reply + 4, core.nbd_errors[error if error < 256 else EIO])
     sf_put64(request.reply + 8, request.cookie)

@@ -138,6 +138,7 @@ cdef extern from "<liburing.h>" nogil:
     int io_uring_queue_init_params(unsigned int entries, io_uring *ring, io_uring_params *params)
     void io_uring_queue_exit(io_uring *ring)
     io_uring_sqe *io_uring_get_sqe(io_uring *ring)
+    int io_uring_peek_cqe(io_uring *ring, io_uring_cqe **cqe)
     int io_uring_submit(io_uring *ring)
     int io_uring_submit_and_wait_timeout(
         io_uring *ring, io_uring_cqe **cqe, unsigned int count, __kernel_timespec *timeout, void *signals)
