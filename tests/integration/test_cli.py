@@ -624,6 +624,7 @@ def test_domain_create_where_its_directory_cannot_be_is_refused_and_the_manager_
 # --- The manager's end, and output ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_serve_told_to_end_ends_with_status_0_and_its_domain_servers_with_it(own: Place) -> None:
     own.start()
     own.ok("group", "create", "alpha", "--device", own.url("alpha"))

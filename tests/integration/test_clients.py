@@ -49,6 +49,7 @@ async def test_nbdinfo_list_names_every_disk(made: Site) -> None:
     assert {export["export-name"] for export in listed["exports"]} == {"disk1", "disk2"}
 
 
+@pytest.mark.slow
 async def test_disk_new_reads_as_zeroes_also_where_another_was_before(made: Site) -> None:
     await run("qemu-io", "-f", "raw", "-c", "write -P 0xaa 0 64M", made.uri())
     await made.order("DELETE", "/domains/vol1/disks/disk1")
@@ -107,6 +108,7 @@ async def test_qemu_io_largest_request_passes(made: Site) -> None:
     assert "Pattern verification failed" not in output
 
 
+@pytest.mark.slow
 async def test_fio_verifies_on_four_connections(made: Site, tmp_path: Path) -> None:
     output = await run(
         *(
@@ -145,6 +147,7 @@ async def test_tcp_door_serves_when_asked_for(made: Site) -> None:
     assert [domain["name"] for domain in await made.order("GET", "/domains")] == ["vol1", "vol2"]
 
 
+@pytest.mark.slow
 async def test_resize_new_clients_see_the_new_size_and_zeroes_beyond_the_old(made: Site) -> None:
     await run("qemu-io", "-f", "raw", "-c", "write -P 5 0 64M", made.uri())
     await made.order("POST", "/domains/vol1/disks/disk1/resize", size="100M")
@@ -220,6 +223,7 @@ async def two_answers(stream: trio.SocketStream) -> dict[int, int]:
     return answers
 
 
+@pytest.mark.slow
 async def test_thousand_connections_more_are_turned_away_and_the_others_served(made: Site) -> None:
     witness = Witness(made.socket())
     streams = []

@@ -26,7 +26,10 @@ from proxy.manager.supervisor import STATUS_PATIENCE_S, STOP_PATIENCE_S
 from tests.integration.site import BLOCK, Site, Witness
 from tests.integration.test_failover import QUICK
 
-pytestmark = pytest.mark.skipif(shutil.which("nbdkit") is None, reason="nbdkit is not installed")
+pytestmark = [
+    pytest.mark.skipif(shutil.which("nbdkit") is None, reason="nbdkit is not installed"),
+    pytest.mark.slow,
+]
 
 #: For what comes to be in a moment, on a machine that is busy.
 PATIENCE_S = 15
@@ -202,7 +205,6 @@ def letter(text: str) -> bytes:
 # --- What may never be read -------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 async def test_manager_killed_while_an_unclean_domain_waits_to_start_the_next_resyncs_it() -> None:
     async with started("deadline_ms = 20000\nquarantine_s = 0.6\n") as made:
         await made.make(disk_size="10M")
@@ -246,7 +248,6 @@ async def test_disk_removed_with_a_write_in_flight_a_new_disk_in_its_place_never
             assert await client.read(0, BLOCK) == bytes(BLOCK)
 
 
-@pytest.mark.slow
 async def test_quarantine_outlasts_a_stop_and_start_of_the_domain() -> None:
     quarantine_s = 0.6
     async with started(f"deadline_ms = 300\nquarantine_s = {quarantine_s}\n") as made:
@@ -264,7 +265,6 @@ async def test_quarantine_outlasts_a_stop_and_start_of_the_domain() -> None:
         await made.wait("vol1", lambda shown: shown["state"] == "online")
 
 
-@pytest.mark.slow
 async def test_resync_of_two_legs_domain_server_killed_in_it_never_mixes_them_up() -> None:
     reopen_interval_s = 0.1
     async with started(f"quarantine_s = 0\nreopen_interval_s = {reopen_interval_s}\n") as made:
@@ -372,7 +372,6 @@ async def test_failover_while_another_leg_hangs_in_its_opening_is_not_kept_waiti
         assert (await made.show())["active"] == "beta"
 
 
-@pytest.mark.slow
 async def test_resync_device_that_does_not_answer_is_refused_and_can_be_tried_again() -> None:
     async with started(QUICK) as made:
         await made.make(disk_size="10M")
@@ -399,7 +398,6 @@ async def test_start_and_stop_of_a_domain_at_once_both_return() -> None:
         assert (await made.show())["state"] == "maintenance"
 
 
-@pytest.mark.slow
 async def test_domain_server_stopped_is_shown_all_the_same_and_ends_with_the_manager() -> None:
     async with started(QUICK, keep_domains=False) as made:
         await make_small(made)
@@ -447,7 +445,6 @@ async def test_sigterm_while_a_domain_is_made_leaves_no_domain_server() -> None:
         assert not domain_servers(made)
 
 
-@pytest.mark.slow
 async def test_manager_died_while_it_started_a_domain_the_next_opens_the_tcp_door() -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as free:
         port = free.getsockname()[1]

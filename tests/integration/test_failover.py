@@ -70,6 +70,7 @@ async def test_failover_device_killed_under_load_client_sees_only_latency() -> N
         assert 0 <= settled["last_failover"]["stall_ms"] <= witness.longest_s * 1000
 
 
+@pytest.mark.slow
 async def test_failover_idle_domain_device_killed_fails_over_by_itself() -> None:
     async with site(settings=QUICK) as made:
         await made.make()
@@ -89,6 +90,7 @@ async def test_failover_ordered_under_load_switches_and_fences() -> None:
         assert "no leg" in await made.refused("POST", "/domains/vol1/failover", to="gamma")
 
 
+@pytest.mark.slow
 async def test_backup_killed_under_load_is_dropped_resynced_and_serves() -> None:
     async with site(settings=QUICK) as made:
         await made.make()
@@ -105,6 +107,7 @@ async def test_backup_killed_under_load_is_dropped_resynced_and_serves() -> None
             await answers(witness, 500)
 
 
+@pytest.mark.slow
 async def test_failover_there_and_back_many_times_nothing_is_lost() -> None:
     async with site(settings=QUICK) as made:
         await made.make()
@@ -120,6 +123,7 @@ async def test_failover_there_and_back_many_times_nothing_is_lost() -> None:
                 await made.wait("vol1", lambda shown: shown["state"] == "online")
 
 
+@pytest.mark.slow
 async def test_failover_device_stopped_is_fenced_at_its_deadline_and_trusted_after_it_answers() -> None:
     async with site(settings=QUICK) as made:
         await made.make()
@@ -139,6 +143,7 @@ async def test_failover_device_stopped_is_fenced_at_its_deadline_and_trusted_aft
         assert (await made.show())["active"] == "alpha"
 
 
+@pytest.mark.slow
 async def test_held_all_legs_killed_clients_wait_until_one_returns() -> None:
     async with site(settings=QUICK) as made:
         await made.make()
@@ -152,6 +157,7 @@ async def test_held_all_legs_killed_clients_wait_until_one_returns() -> None:
             await made.wait("vol1", lambda shown: shown["state"] in ("online", "degraded"))
 
 
+@pytest.mark.slow
 async def test_held_single_leg_stopped_goes_on_when_it_answers() -> None:
     async with site(settings=QUICK) as made:
         urls = [await made.device("alpha1", 50)]
@@ -165,6 +171,7 @@ async def test_held_single_leg_stopped_goes_on_when_it_answers() -> None:
             await made.wait("vol1", lambda shown: shown["state"] == "online")
 
 
+@pytest.mark.slow
 async def test_manager_killed_under_load_clients_do_not_notice_and_the_next_adopts() -> None:
     async with site(settings=QUICK) as made:
         await made.make()
@@ -179,6 +186,7 @@ async def test_manager_killed_under_load_clients_do_not_notice_and_the_next_adop
             await made.wait_active("vol1", "beta")
 
 
+@pytest.mark.slow
 async def test_manager_and_device_killed_together_the_next_manager_fails_over() -> None:
     async with site(settings=QUICK) as made:
         await made.make()
@@ -190,6 +198,7 @@ async def test_manager_and_device_killed_together_the_next_manager_fails_over() 
 
 
 # Not nbdkit 1.32: it aborts, now and then, when a client vanishes with writes in flight.
+@pytest.mark.slow
 @pytest.mark.parametrize("server", [None, "qemu-nbd"])
 async def test_domain_server_killed_is_restarted_at_the_same_address_and_nothing_is_lost(
     server: str | None,
@@ -207,6 +216,7 @@ async def test_domain_server_killed_is_restarted_at_the_same_address_and_nothing
             await answers(witness, 500)
 
 
+@pytest.mark.slow
 async def test_domain_server_killed_touches_no_other_domain() -> None:
     async with site(settings=QUICK) as made:
         await made.make(server=None, disk_size="10M")
@@ -232,6 +242,7 @@ def fill(path: Path) -> None:
                 return
 
 
+@pytest.mark.slow
 async def test_store_full_when_a_failover_is_due_holds_and_goes_on_when_there_is_room(tmp_path: Path) -> None:
     if (
         os.geteuid() != 0

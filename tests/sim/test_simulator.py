@@ -2,6 +2,8 @@
 
 from collections import Counter
 
+import pytest
+
 from tests.sim.world import World
 
 SEEDS = 300
@@ -49,6 +51,7 @@ MUST_HAPPEN = (
 )
 
 
+@pytest.mark.slow
 def test_simulator_over_many_seeds_finds_no_promise_broken() -> None:
     coverage: Counter[str] = Counter()
     for seed in range(SEEDS):
@@ -57,6 +60,11 @@ def test_simulator_over_many_seeds_finds_no_promise_broken() -> None:
         except Exception as error:
             raise AssertionError(f"seed {seed} of {STEPS} steps: {error}") from error
     assert [what for what in MUST_HAPPEN if not coverage[what]] == []
+
+
+def test_simulator_over_a_few_seeds_finds_no_promise_broken() -> None:
+    for seed in range(SEEDS, SEEDS + 30):
+        World(seed, steps=STEPS).run()
 
 
 def test_simulator_given_a_seed_twice_does_the_same_twice() -> None:

@@ -535,6 +535,7 @@ def test_client_slow_with_its_payload_loses_its_connection_to_those_it_keeps_wai
     assert slow[0].closed.code == errno.ETIMEDOUT
 
 
+@pytest.mark.slow
 def test_client_that_takes_no_answers_loses_its_connection_to_those_it_keeps_waiting() -> None:
     rig = Rig()
     rig.add_leg(1, (64 * MIB,), transfer_max=64 * MIB)

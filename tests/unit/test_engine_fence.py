@@ -2,6 +2,8 @@
 
 import errno
 
+import pytest
+
 from proxy.engine import EventKind, LegRole, OpKind
 from tests.sim.rig import Rig, pattern
 
@@ -257,6 +259,7 @@ def test_hung_leg_does_not_take_the_memory_clients_go_on_with() -> None:
     assert client.error(read) == 0
 
 
+@pytest.mark.slow
 def test_reads_without_memory_to_be_done_again_in_wait_for_it() -> None:
     rig = Rig()
     legs = range(1, 6)

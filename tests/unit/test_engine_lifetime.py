@@ -285,6 +285,7 @@ operations = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(operations)
 def test_memory_of_requests_never_overlaps_and_all_comes_back(steps: list[tuple[str, int, int]]) -> None:
