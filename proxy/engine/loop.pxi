@@ -88,7 +88,7 @@ cdef void settle_all(Core *core) noexcept nogil:
         break
     if core.now_ns >= core.tick_ns:
         # Long overdue: we were stopped ourselves, and what has come meanwhile is still to be heard.
-        was_stopped = core.tick_ns and core.now_ns - core.tick_ns > core.deadline_ns // 4
+        was_stopped = core.tick_ns and core.now_ns - core.tick_ns > core.deadline_ns // 4 + 2 * TICK_NS
         core.tick_ns = core.now_ns + TICK_NS
         if was_stopped and anything_in_flight(core):
             core.tick_ns += core.deadline_ns // 4
