@@ -40,7 +40,7 @@ def main() -> int:
     identity = f"{os.getpid()} {arguments.uuid}\n".encode()
     os.pwrite(lock, identity, 0)
     os.ftruncate(lock, len(identity))
-    server = Server(arguments.name, arguments.uuid, arguments.directory, deadline_ms=arguments.deadline_ms)
+    server = Server(arguments.name, arguments.directory, deadline_ms=arguments.deadline_ms)
     return 0 if trio.run(_serve, server, arguments.directory) else 1
 
 

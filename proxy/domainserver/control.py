@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from errno import EIO
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 import trio
 
@@ -45,14 +44,12 @@ class Server:
 
     Args:
         domain: its name.
-        uuid: the domain's, by which a manager knows that this is the one it means.
         directory: of its sockets.
         deadline_ms: how long a device may take for one operation before that is reported.
     """
 
-    def __init__(self, domain: str, uuid: UUID, directory: Path, *, deadline_ms: int) -> None:
+    def __init__(self, domain: str, directory: Path, *, deadline_ms: int) -> None:
         self.domain = domain
-        self._uuid = uuid
         self._directory = directory
         self.engine = Engine(
             nbd_errors={number: int(value) for number, value in NBD_ERROR_BY_ERRNO.items()},
@@ -185,7 +182,6 @@ class Server:
     async def _hello(self, frame: Frame) -> dict[str, Any]:
         return {
             "domain": self.domain,
-            "uuid": str(self._uuid),
             "generation": self._generation,
             "held": self._held,
             "legs": {str(leg_id): asdict(leg) for leg_id, leg in self._legs.items()},
