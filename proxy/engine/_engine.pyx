@@ -464,7 +464,7 @@ cdef class Engine:
             map.leg_count = <uint32_t>len(legs)
             map.disk_count = <uint32_t>len(disks)
             map.block_size = 1
-            map.can_fua = map.can_zero = True
+            map.can_fua = map.can_zero = map.reads_memory = True
             for i, (leg_id, role) in enumerate(legs):
                 leg = self._leg(leg_id)
                 if leg.closing:
@@ -474,6 +474,8 @@ cdef class Engine:
                 if role == LegRole.ACTIVE:
                     map.active = i
                 for j in range(leg.device_count):
+                    if role == LegRole.ACTIVE and not leg.devices[j].in_memory:
+                        map.reads_memory = False
                     if leg.devices[j].block_size > map.block_size:
                         map.block_size = leg.devices[j].block_size
                     map.can_fua = map.can_fua and leg.devices[j].can_fua

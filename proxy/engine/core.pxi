@@ -17,6 +17,9 @@ cdef enum:
     # is not read until answers have gone out.
     REQUESTS_PER_CONNECTION = 256
     BYTES_PER_CONNECTION = 48 << 20   # room for the largest request and half as much again
+    # Of reads from files in memory: nothing there is waited for, so more than one buffer being filled while
+    # the other is sent only pushes both out of the processor's cache.
+    MEMORY_READ_BYTES = 2 << 20
     PAYLOAD_MAX = 32 << 20     # of one READ or WRITE: what proto.md asks every server to take
     ZERO_FILL_BYTES = 1 << 20  # of one write that stands in for a missing "zero this" of a device
     ALLOCATE_MAX = 64 << 20    # of one "zero this", so that it ends well within a deadline
@@ -288,6 +291,7 @@ cdef struct Map:
     uint32_t block_size        # the largest of all devices
     bint can_fua
     bint can_zero
+    bint reads_memory          # the active leg's devices are files in memory
     Leg *legs[LEGS_MAX]
     uint8_t roles[LEGS_MAX]
     DiskMap *disks             # by number

@@ -45,11 +45,14 @@ cdef void connection_receive_done(Core *core, Op *op) noexcept nogil:
         stream_received(stream, <uint64_t>op.result if op.result > 0 else 0)
     connection_read(core, connection)
 
-cdef bint connection_sated(Core *core, Connection *connection, uint64_t bytes) noexcept nogil:
+cdef bint connection_sated(Core *core, Connection *connection, bint reads, uint64_t bytes) noexcept nogil:
     """Whether a connection has its share of requests or bytes in flight; one request is its due."""
+    cdef uint64_t share = core.byte_share
+    if reads and share > MEMORY_READ_BYTES and core.map != NULL and core.map.reads_memory:
+        share = MEMORY_READ_BYTES
     return connection.in_flight > 0 and (
         connection.in_flight >= core.request_share
-        or connection.in_flight_bytes + bytes > core.byte_share)
+        or connection.in_flight_bytes + bytes > share)
 
 cdef bint room_for(Core *core, uint64_t bytes) noexcept nogil:
     """Whether a client's request that needs a buffer of ``bytes`` can be taken in."""
@@ -155,7 +158,7 @@ cdef Request *connection_request(Core *core, Connection *connection, char *heade
     if not error and (command == NBD_CMD_READ or command == NBD_CMD_WRITE):
         data_bytes = (offset + length + CLAIM_BLOCK - 1) // CLAIM_BLOCK * CLAIM_BLOCK - begin
     bytes = arena_round(data_bytes + (2 * CLAIM_BLOCK if edges else 0))
-    if connection_sated(core, connection, bytes):
+    if connection_sated(core, connection, command == NBD_CMD_READ, bytes):
         connection.sated = True
         return NULL
     # Nobody overtakes those in line, except whoever has just come to its head.
