@@ -36,10 +36,12 @@ class ExtentObject(TypedDict):
 
 
 class SyncObject(TypedDict):
-    """How far a leg's sync has come."""
+    """How far a leg's sync has come; ``rate`` in bytes a second, None before it has begun."""
 
     copied: int
     total: int
+    rate: int | None
+    seconds_left: float | None
 
 
 class LegSummary(TypedDict):

@@ -50,11 +50,18 @@ def resync(
     group: Annotated[
         str | None, typer.Option(metavar="GROUP", help="Only this leg; else all outdated ones.")
     ] = None,
+    rate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="The most that copies of this domain may take a second, from now on; 0: all the devices give.",
+        ),
+    ] = None,
     as_json: Json = False,
     run: Run = RUN_DEFAULT,
 ) -> None:
-    """Bring outdated legs of a domain back; returns when the copy has begun."""
-    answer = Manager(run).post("domains", name, "resync", body={"group": group})
+    """Bring outdated legs of a domain back, by what they lack; returns when the copy has begun."""
+    answer = Manager(run).post("domains", name, "resync", body={"group": group, "rate": rate})
     text = f"domain {name}: syncing {', '.join(answer['groups'])}"
     done(answer, text, as_json=as_json)
 

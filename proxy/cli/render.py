@@ -226,7 +226,9 @@ def _sync(leg: LegObject) -> str:
     sync = leg["sync"]
     if sync is None:
         return "-"
-    return f"{percent(sync)}% ({format_size(sync['copied'])} of {format_size(sync['total'])})"
+    pace = f", {format_size(sync['rate'])}/s" if sync["rate"] else ""
+    left = f", {sync['seconds_left']:.0f} s left" if sync["seconds_left"] is not None else ""
+    return f"{percent(sync)}% ({format_size(sync['copied'])} of {format_size(sync['total'])}{pace}{left})"
 
 
 def _devices_table(legs: Sequence[LegObject]) -> RenderableType:

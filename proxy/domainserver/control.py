@@ -6,12 +6,15 @@ from dataclasses import asdict, dataclass
 from errno import EIO
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import trio
 
+from proxy.dirtymap import LegContent
+from proxy.domainserver.bitmap import Bitmap, open_bitmap
 from proxy.domainserver.doors import Doors, export_of
 from proxy.domainserver.legs import DeviceOrder, LegError, open_leg
-from proxy.engine import Engine, Event, EventKind, LegRole, RequestKind
+from proxy.engine import Engine, Event, EventKind, LegRole, RequestKind, Tracking
 from proxy.errors import NBD_ERROR_BY_ERRNO, RefusedError
 from proxy.extentmap import ExtentMap
 from proxy.wire import Decoder, Frame, WireError
@@ -33,6 +36,7 @@ class LegStatus:
 
     group: str
     fenced: bool = False
+    copy_began: float | None = None
     copied: bool = False
     drained: bool = False
     unproven: int = 0
@@ -60,6 +64,8 @@ class Server:
         self.clean = False
         self._legs: dict[int, LegStatus] = {}
         self._openings: dict[int, trio.CancelScope] = {}
+        self._bitmap: Bitmap | None = None
+        self._away: tuple[UUID, ...] = ()
         self._held = True
         self._generation = 0
         self._maps: set[int] = set()  # generations of those that requests still run under
@@ -195,11 +201,56 @@ class Server:
             "legs": {
                 str(leg_id): {
                     "devices": [device._asdict() for device in self.engine.device_statistics(leg_id)],
-                    "copy": self.engine.copy_progress(leg_id),
+                    "copy": self._copy_status(leg_id),
                 }
                 for leg_id in self._legs
             },
+            "dirty_bytes": self._dirty_bytes(),
         }
+
+    def _copy_status(self, leg_id: int) -> dict[str, Any] | None:
+        progress = self.engine.copy_progress(leg_id)
+        began = self._legs[leg_id].copy_began
+        if progress is None or began is None:
+            return None
+        return {"copied": progress[0], "total": progress[1], "seconds": trio.current_time() - began}
+
+    def _dirty_bytes(self) -> dict[str, int]:
+        """What each leg lacks, by the uuid of its group."""
+        if self._bitmap is None:
+            return {}
+        return {
+            str(group): self.engine.dirty_bytes(plane, away=group in self._away)
+            for plane, group in enumerate(self._bitmap.content.groups, 1)
+            if group is not None
+        }
+
+    async def _open_bitmap(self, frame: Frame) -> str:
+        """Renew the dirty bitmap for this session; why the last one's could not be relied on, or nothing."""
+        body = frame.body
+        legs = [LegContent(UUID(leg["uuid"]), leg["uptodate"]) for leg in body["legs"]]
+
+        def renew() -> tuple[Bitmap, str]:
+            return open_bitmap(
+                self.engine,
+                Path(body["path"]),
+                UUID(body["domain"]),
+                body["size"],
+                body["session"],
+                legs,
+                clean=body["clean"],
+            )
+
+        try:
+            self._bitmap, distrust = await trio.to_thread.run_sync(renew)
+        except OSError as error:
+            raise RefusedError(
+                f"the dirty bitmap {body['path']} cannot be written: {error.strerror}"
+            ) from error
+        return distrust
+
+    async def _pace(self, frame: Frame) -> None:
+        self.engine.pace_copies(rate=frame.body["rate"], floor=frame.body["floor"])
 
     async def _open_leg(self, frame: Frame) -> None:
         leg_id = frame.body["leg"]
@@ -217,9 +268,11 @@ class Server:
 
     async def _install(self, frame: Frame) -> None:
         """Install a map, and offer the disks in it that are ready."""
-        tables = _split(frame.payload, frame.body["map_bytes"])
-        legs = [(leg["leg"], LegRole(leg["role"])) for leg in frame.body["legs"]]
         disks = frame.body["disks"]
+        maps = _split(frame.payload, frame.body["map_bytes"])
+        places, tables = maps[: len(disks)], maps[len(disks) :]
+        legs = [(leg["leg"], LegRole(leg["role"])) for leg in frame.body["legs"]]
+        tracking = await self._track(frame.body, places)
         self.engine.install(
             frame.body["generation"],
             legs,
@@ -227,6 +280,7 @@ class Server:
                 (disk["number"], disk["size"], tables[index * len(legs) : (index + 1) * len(legs)])
                 for index, disk in enumerate(disks)
             ],
+            tracking=tracking,
         )
         self._generation = frame.body["generation"]
         self._maps.add(self._generation)
@@ -235,6 +289,22 @@ class Server:
             if leg.against and leg.against["kind"] != EventKind.DEVICE_LOST.name:
                 leg.against = None
         await self._offer(disks)
+
+    async def _track(self, body: dict[str, Any], places: list[ExtentMap]) -> Tracking | None:
+        """What the engine needs to mark writes for a new map; None: the domain has one leg and no other."""
+        attached = [UUID(leg["uuid"]) for leg in body["legs"]]
+        self._away = tuple(UUID(one) for one in body["away"])
+        assert self._bitmap is not None
+        try:
+            await self._bitmap.assign(self.engine, [*attached, *self._away])
+        except OSError as error:
+            raise RefusedError(f"the dirty bitmap cannot be written: {error.strerror}") from error
+        if len(attached) == 1 and not self._away:
+            return None
+        plane_of = self._bitmap.plane_of
+        return Tracking(
+            [plane_of(group) for group in attached], [plane_of(group) for group in self._away], places
+        )
 
     async def _exports(self, frame: Frame) -> None:
         await self._offer(frame.body["disks"])
@@ -297,6 +367,7 @@ class Server:
         self._legs[frame.body["leg"]].copied = False
         ranges = [(disk, offset, length) for disk, offset, length in frame.body["ranges"]]
         self.engine.copy_leg(frame.body["leg"], ranges)
+        self._legs[frame.body["leg"]].copy_began = trio.current_time()
 
     async def _zero(self, frame: Frame) -> None:
         """Zero a range of a disk on all legs. Answered at once; the event ``zeroed`` tells the end."""
@@ -372,6 +443,8 @@ _OPERATIONS: dict[str, Callable[[Server, Frame], Awaitable[Any]]] = {
     "close-leg": Server._close_leg,
     "reject-parked": Server._reject_parked,
     "copy": Server._copy,
+    "open-bitmap": Server._open_bitmap,
+    "pace": Server._pace,
     "zero": Server._zero,
     "stop": Server._stop,
 }

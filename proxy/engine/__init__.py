@@ -12,7 +12,8 @@ Scheduling model
 One write, from the socket to the devices of two legs and back
     1. ``door.pxi`` ``connection_parse``: header, check, buffer of the arena, payload into it.
     2. ``requests.pxi`` ``admit``: kept if the domain holds; ``claims.pxi``: waits if an earlier
-       request overlaps it; ``start``: bound to the installed map.
+       request overlaps it; ``dirty.pxi``: waits until its regions are marked; ``start``: bound to
+       the installed map.
     3. ``issue_span``: for each leg, extent by extent (``extents.pxi``), one sub-operation each;
        ``file.pxi`` hands it to the ring, ``remote.pxi`` to the stream of an NBD server.
     4. ``subop_end``, ``advance``: the last one to complete ends the request, or parks it.
@@ -27,6 +28,7 @@ What holds, always (the numbers are the invariants of the project)
       any is unknown. Buffers live until then (4).
     * An answer to a write means that every leg of its map had it; if one had not, that leg is gone
       from the map under which the write was then done again (5). A flush goes to all legs (6).
+    * Nothing is written to a region before that is marked, durably, in the dirty bitmap (8).
     * Overlapping requests run in order of arrival, on all legs alike, and reads wait for writes, so
       legs never diverge and no read shows what a failover could take back (7). Copies claim too (9).
     * Requests and bytes per connection, the arena, and every pool are bounded (10).
@@ -39,8 +41,9 @@ Who owns what
 Files
     ``ring.pxi`` is the submission layer, ``uring.pxi`` and ``simulator.pxi`` its two implementations;
     ``core.pxi`` all state; ``arena.pxi`` memory; ``claims.pxi``, ``extents.pxi``; ``requests.pxi``
-    the life of a request; ``stream.pxi`` sockets, used by ``door.pxi`` and ``remote.pxi``;
-    ``copier.pxi``; ``loop.pxi``; ``_engine.pyx`` the Python face. They are one C unit on purpose.
+    the life of a request; ``bitmap.pxi`` and ``dirty.pxi`` the dirty bitmap; ``stream.pxi`` sockets,
+    used by ``door.pxi`` and ``remote.pxi``; ``copier.pxi``; ``loop.pxi``; ``_engine.pyx`` the Python
+    face. They are one C unit on purpose.
 """
 
 from proxy.engine._engine import Engine, SimulatedEngine
@@ -55,6 +58,7 @@ from proxy.engine.types import (
     PendingOp,
     RequestKind,
     Statistics,
+    Tracking,
 )
 
 __all__ = [
@@ -70,4 +74,5 @@ __all__ = [
     "RequestKind",
     "SimulatedEngine",
     "Statistics",
+    "Tracking",
 ]

@@ -4,9 +4,11 @@
 include "platform.pxi"
 include "ring.pxi"
 include "arena.pxi"
+include "bitmap.pxi"
 include "core.pxi"
 include "extents.pxi"
 include "claims.pxi"
+include "dirty.pxi"
 include "stream.pxi"
 include "requests.pxi"
 include "file.pxi"
@@ -44,6 +46,13 @@ cdef struct RequestMail:
     uint64_t length
     uint64_t token
     int32_t error
+
+cdef struct PlaneMail:
+    uint32_t plane
+
+cdef struct PaceMail:
+    uint64_t rate
+    uint64_t floor
 
 cdef Leg *leg_by_id(Core *core, int64_t id) noexcept nogil:
     cdef uint32_t i
@@ -91,6 +100,22 @@ cdef void mail_copy(Core *core, void *arguments) noexcept nogil:
         leg.copy_ranges = before
     else:
         request.ranges = before  # the control thread frees what it gets back
+
+cdef void mail_open_bitmap(Core *core, void *arguments) noexcept nogil:
+    core.dirty = (<Dirty *>arguments)[0]
+    core.dirty.round_ns = core.now_ns + ROUND_NS
+
+cdef void mail_fill_plane(Core *core, void *arguments) noexcept nogil:
+    cdef PlaneMail *request = <PlaneMail *>arguments
+    cdef uint64_t region
+    for region in range(core.dirty.regions):
+        bit_set(core.dirty.planes[request.plane], region)
+        dirty_stale(&core.dirty, request.plane, region >> 6)
+    dirty_write(core)
+
+cdef void mail_pace(Core *core, void *arguments) noexcept nogil:
+    core.copy_rate = (<PaceMail *>arguments).rate
+    core.copy_floor = (<PaceMail *>arguments).floor
 
 cdef void mail_hold(Core *core, void *arguments) noexcept nogil:
     hold(core)
@@ -158,6 +183,35 @@ cdef void leg_free(Leg *leg) noexcept:
     free(leg.devices)
     free(leg.copy_ranges)
 
+cdef void bitmap_free(Dirty *dirty) noexcept:
+    cdef uint32_t plane
+    if dirty.fd >= 0:
+        close(dirty.fd)
+    for plane in range(PLANES):
+        free(dirty.planes[plane])
+        free(dirty.stale[plane])
+        free(dirty.copied[plane])
+    free(dirty.durable)
+    free(dirty.touched)
+    free(dirty.touched_before)
+    free(dirty.clearing)
+    free(dirty.stage)
+
+cdef int table_fill(LegTable *table, extent_map, list kept) except -1:
+    """Point ``table`` at the columns of an extent map, and keep them alive in ``kept``."""
+    cdef const uint64_t[::1] offsets = extent_map.offsets
+    cdef const uint32_t[::1] devices = extent_map.devices
+    cdef const uint64_t[::1] device_offsets = extent_map.device_offsets
+    kept.append((offsets, devices, device_offsets))
+    table.count = <uint64_t>devices.shape[0]
+    if (table.count == 0 or <uint64_t>offsets.shape[0] != table.count + 1
+            or <uint64_t>device_offsets.shape[0] != table.count):
+        raise ValueError("an extent map is malformed")
+    table.offsets = &offsets[0]
+    table.devices = &devices[0]
+    table.device_offsets = &device_offsets[0]
+    return 0
+
 cdef void map_free(Map *map) noexcept:
     free(map.disks)
     free(map)
@@ -189,6 +243,9 @@ cdef class Engine:
         self._maps = {}
         self._next_token = 1
         core.deadline_ns = deadline_ns
+        core.dirty.fd = -1
+        core.dirty.op.done = dirty_written
+        crc_prepare()
         core.wake_fd = core.event_fd = -1
         core.requests = <Request *>calloc(REQUESTS_MAX, sizeof(Request))
         core.subops = <SubOp *>calloc(SUBOPS_MAX, sizeof(SubOp))
@@ -221,7 +278,7 @@ cdef class Engine:
         cdef uint32_t i
         if core == NULL:
             return
-        if anything_in_flight(core):
+        if anything_in_flight(core) or core.dirty.writing:
             return  # a device that never answered may still write into our memory: leave it mapped
         for i in range(LEG_SLOTS):
             if core.legs[i].in_use:
@@ -237,6 +294,7 @@ cdef class Engine:
             close(core.event_fd)
         if core.zeroes != NULL:
             munmap(core.zeroes, ZERO_FILL_BYTES)
+        bitmap_free(&core.dirty)
         arena_close(&core.arena)
         free(core.requests)
         free(core.subops)
@@ -423,9 +481,87 @@ cdef class Engine:
                 return self.core.copiers[i].copied, self.core.copiers[i].total
         return None
 
+    def pace_copies(self, *, uint64_t rate, uint64_t floor):
+        """Let copies take ``rate`` bytes a second at most, and ``floor`` while clients are at work; 0: no limit."""
+        cdef PaceMail request
+        request.rate = rate
+        request.floor = floor
+        self._mail(mail_pace, &request)
+
+    # --- The dirty bitmap ------------------------------------------------------------------------
+
+    def open_bitmap(self, int fd, *, uint32_t shift, uint64_t regions, uint64_t identity, planes):
+        """Mark in this file what is written to, from the first map on that is installed with ``tracking``.
+
+        Args:
+            fd: of a file as proxy.dirtymap describes, just written; the engine's from here on.
+            shift: the size of a region is 2 to this power.
+            regions: how many the domain has.
+            identity: what each sector carries.
+            planes: what the file holds: the bits of each plane, in bytes of whole sectors.
+        """
+        cdef Dirty dirty
+        cdef uint32_t i
+        cdef const unsigned char[::1] bits
+        assert not self.core.dirty.open
+        memset(&dirty, 0, sizeof(dirty))
+        dirty.fd = fd
+        dirty.open = True
+        dirty.op.done = dirty_written
+        dirty.shift = shift
+        dirty.regions = regions
+        dirty.identity = identity
+        dirty.sectors = (regions + 64 * SECTOR_WORDS - 1) // (64 * SECTOR_WORDS)
+        dirty.words = dirty.sectors * SECTOR_WORDS
+        dirty.durable = <uint64_t *>calloc(dirty.words, 8)
+        dirty.touched = <uint64_t *>calloc(dirty.words, 8)
+        dirty.touched_before = <uint64_t *>calloc(dirty.words, 8)
+        dirty.clearing = <uint64_t *>calloc(dirty.words, 8)
+        dirty.stage = <char *>calloc(STAGE_SECTORS, DIRTY_SECTOR)
+        for i in range(PLANES):
+            dirty.planes[i] = <uint64_t *>calloc(dirty.words, 8)
+            dirty.stale[i] = <uint8_t *>calloc(dirty.sectors, 1)
+            dirty.copied[i] = <uint64_t *>calloc(dirty.words, 8)
+            if dirty.planes[i] == NULL or dirty.stale[i] == NULL or dirty.copied[i] == NULL:
+                bitmap_free(&dirty)
+                raise MemoryError
+        if (dirty.durable == NULL or dirty.touched == NULL or dirty.touched_before == NULL
+                or dirty.clearing == NULL or dirty.stage == NULL):
+            bitmap_free(&dirty)
+            raise MemoryError
+        for i in range(PLANES):
+            bits = planes[i]
+            if <uint64_t>bits.shape[0] != dirty.words * 8:
+                bitmap_free(&dirty)
+                raise ValueError(f"plane {i} has {bits.shape[0]} bytes instead of {dirty.words * 8}")
+            memcpy(dirty.planes[i], &bits[0], dirty.words * 8)
+        memcpy(dirty.durable, dirty.planes[INTENT], dirty.words * 8)
+        try:
+            self._mail(mail_open_bitmap, &dirty)
+        except BaseException:
+            bitmap_free(&dirty)
+            raise
+
+    def fill_plane(self, uint32_t plane):
+        """Have the leg of this plane lack everything."""
+        cdef PlaneMail request
+        assert 0 < plane < PLANES and self.core.dirty.open
+        request.plane = plane
+        self._mail(mail_fill_plane, &request)
+
+    def dirty_bytes(self, uint32_t plane, *, bint away):
+        """Bytes of disks in regions that a leg lacks; ``away``: it takes no part in the map."""
+        cdef Core *core = self.core
+        cdef uint64_t count = 0
+        assert 0 < plane < PLANES
+        if core.map != NULL and core.map.tracked:
+            with nogil:  # whoever frees maps is in this thread
+                count = dirty_bytes(&core.dirty, core.map, plane, away)
+        return count
+
     # --- The map ---------------------------------------------------------------------------------
 
-    def install(self, uint64_t generation, legs, disks):
+    def install(self, uint64_t generation, legs, disks, *, tracking=None):
         """Switch to a new map, between two batches. What failed under the old one is done again.
 
         Args:
@@ -434,11 +570,9 @@ cdef class Engine:
             disks: (number, size in bytes, one extent map per leg) by ascending number. An extent
                 map has ``offsets``, ``devices`` and ``device_offsets`` as proxy.extentmap.ExtentMap;
                 those of one disk cover the same number of whole blocks, at least its size.
+            tracking: a Tracking; None: legs cannot come to differ, and nothing is marked in the bitmap.
         """
         cdef Core *core = self.core
-        cdef const uint64_t[::1] offsets
-        cdef const uint32_t[::1] devices
-        cdef const uint64_t[::1] device_offsets
         cdef Map *map
         cdef Leg *leg
         cdef LegTable *table
@@ -465,12 +599,23 @@ cdef class Engine:
             map.disk_count = <uint32_t>len(disks)
             map.block_size = 1
             map.can_fua = map.can_zero = map.reads_memory = True
+            if tracking is not None:
+                if not core.dirty.open:
+                    raise ValueError("there is no dirty bitmap to track in")
+                if len(tracking.planes) != len(legs) or len(tracking.maps) != len(disks):
+                    raise ValueError("tracking is not of these legs and disks")
+                map.tracked = True
+                for plane in tracking.away:
+                    map.away |= 1 << plane
             for i, (leg_id, role) in enumerate(legs):
                 leg = self._leg(leg_id)
                 if leg.closing:
                     raise ValueError(f"leg {leg_id} is being closed")
                 map.legs[i] = leg
                 map.roles[i] = role
+                if tracking is not None:
+                    map.planes[i] = tracking.planes[i]
+                    assert 0 < map.planes[i] < PLANES and not map.away & (1 << map.planes[i])
                 if role == LegRole.ACTIVE:
                     map.active = i
                 for j in range(leg.device_count):
@@ -491,18 +636,8 @@ cdef class Engine:
                 if len(tables) != len(legs):
                     raise ValueError(f"disk {number} has {len(tables)} extent maps for {len(legs)} legs")
                 for j, extent_map in enumerate(tables):
-                    offsets = extent_map.offsets
-                    devices = extent_map.devices
-                    device_offsets = extent_map.device_offsets
-                    kept.append((offsets, devices, device_offsets))
                     table = &map.disks[i].tables[j]
-                    table.count = <uint64_t>devices.shape[0]
-                    if (table.count == 0 or <uint64_t>offsets.shape[0] != table.count + 1
-                            or <uint64_t>device_offsets.shape[0] != table.count):
-                        raise ValueError(f"the extent map of disk {number} is malformed")
-                    table.offsets = &offsets[0]
-                    table.devices = &devices[0]
-                    table.device_offsets = &device_offsets[0]
+                    table_fill(table, extent_map, kept)
                     if j == 0:
                         map.disks[i].allotted = table.offsets[table.count]
                     if table.offsets[table.count] != map.disks[i].allotted or map.disks[i].allotted % CLAIM_BLOCK:
@@ -515,6 +650,15 @@ cdef class Engine:
                             highest = table.devices[k]
                     if highest >= map.legs[j].device_count:
                         raise ValueError(f"the extent map of disk {number} names a device its leg has not")
+                if tracking is not None:
+                    table = &map.disks[i].domain
+                    table_fill(table, tracking.maps[i], kept)
+                    if table.offsets[table.count] < map.disks[i].allotted:
+                        raise ValueError(f"disk {number} is longer than its part of the domain")
+                    for k in range(table.count):
+                        if ((table.device_offsets[k] + table.offsets[k + 1] - table.offsets[k] - 1)
+                                >> core.dirty.shift) >= core.dirty.regions:
+                            raise ValueError(f"disk {number} reaches past the end of the domain")
             self._maps[generation] = (<size_t>map, kept)
             self._mail(mail_install, map)
         except BaseException:

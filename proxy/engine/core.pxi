@@ -36,6 +36,12 @@ cdef enum:
     CLIENT_PATIENCE_NS = 5000000000
     COPY_CHUNK = 512 << 10     # of one step of a copy: what a client's write may have to wait for
     COPY_WINDOW = 4            # steps of one copy in flight
+    # While clients are at work a copy takes one small step at a time, so that one of their requests at most
+    # waits behind it, and for no longer than for another request of theirs.
+    COPY_CHUNK_YIELDING = 64 << 10
+    CLIENTS_GONE_NS = 20000000 # without a request of theirs: the copy has the devices to itself
+    # Between two flushes of a copy, after which what it has brought over need not be copied again.
+    COPY_CHECKPOINT_BYTES = 256 << 20
 
 cdef enum:  # RequestKind
     READ = 0
@@ -49,6 +55,7 @@ cdef enum:  # RequestState
     IDLE                       # in the pool, or being received
     HELD                       # admitted while the domain holds
     WAITING                    # for an earlier overlapping request
+    MARKING                    # for its regions to be marked in the dirty bitmap
     RUNNING
     PARKED                     # a leg failed it: to be done again, whole, under the next map
     FINISHED                   # on its way out
@@ -90,6 +97,7 @@ cdef enum:  # EventKind
     EVENT_MAP_RETIRED          # generation: nothing uses this map any more
     EVENT_LEG_CLOSED           # leg: its descriptors are closed
     EVENT_LEG_FORGOTTEN        # leg: nothing of it is left in the engine
+    EVENT_BITMAP_FAILED        # code: errno, writes wait for the dirty bitmap; 0: they do no longer
 
 cdef struct Leg
 cdef struct Device
@@ -172,6 +180,7 @@ cdef struct Request:
     Request *waits_for         # the latest of the claims in its way; NULL: to be looked at again
     bint starved               # waits for a sub-operation's slot
     bint replayed              # was held or parked
+    bint cleaning              # the FLUSH of a round of the dirty bitmap
     bint scribbled             # an answer nobody waits for may yet be written into its buffers
     char reply[16]
 
@@ -281,6 +290,7 @@ cdef struct DiskMap:
     uint64_t size
     uint64_t allotted          # what every table covers; at least the size, in whole blocks
     LegTable tables[LEGS_MAX]
+    LegTable domain            # where it lies in the domain, for the dirty bitmap; device 0 is the domain
 
 cdef struct Map:
     uint64_t generation
@@ -294,6 +304,9 @@ cdef struct Map:
     bint reads_memory          # the active leg's devices are files in memory
     Leg *legs[LEGS_MAX]
     uint8_t roles[LEGS_MAX]
+    uint8_t planes[LEGS_MAX]   # of the dirty bitmap; 0: none
+    uint8_t away               # bit i: plane i is of a leg that takes no part
+    bint tracked               # legs may come to differ: writes are marked in the dirty bitmap
     DiskMap *disks             # by number
 
 cdef struct Connection:
@@ -340,6 +353,8 @@ cdef struct Copier:
     uint32_t in_flight
     uint64_t copied
     uint64_t total
+    uint64_t unflushed         # of what is copied
+    uint64_t next_ns           # no step before
     bint flushing
     int32_t error              # why it gave up; 0 while it goes on
 
@@ -383,6 +398,9 @@ cdef struct Core:
     bint stopping
     uint32_t running
     uint64_t busy_ns           # when a request last came in
+    uint64_t client_ns         # and when a client's did
+    uint64_t copy_rate         # bytes a second that a copy may take; 0: all it can
+    uint64_t copy_floor        # and while clients are at work
     uint64_t stop_ns           # when it was told to stop
     # Requests
     RequestList free_requests
@@ -392,6 +410,9 @@ cdef struct Core:
     RequestList cramped        # to be done again as soon as there is memory for it
     RequestList withheld       # done, but not to be answered while the domain holds
     RequestList starved
+    RequestList marking        # for the dirty bitmap
+    bint marks_moved           # some of those may be able to go on
+    Dirty dirty
     bint wake                  # a claim others wait for is gone
     Request *claims_head       # by arrival
     Request *claims_tail

@@ -85,6 +85,8 @@ cdef void settle_all(Core *core) noexcept nogil:
             continue
         if core.starved.count and core.relief:
             continue
+        if core.marks_moved and not core.held:
+            continue
         break
     if core.now_ns >= core.tick_ns:
         # Long overdue: we were stopped ourselves, and what has come meanwhile is still to be heard.
@@ -95,6 +97,7 @@ cdef void settle_all(Core *core) noexcept nogil:
         else:
             check_deadlines(core)
             connections_check(core)
+        dirty_check(core)
     connections_bury(core)
 
 cdef bint anything_in_flight(Core *core) noexcept nogil:
@@ -107,11 +110,13 @@ cdef bint anything_in_flight(Core *core) noexcept nogil:
 cdef void step(Core *core) noexcept nogil:
     """One batch: wait, take in what completed, send what is ready."""
     cdef uint64_t patience = IDLE_NS
-    if anything_in_flight(core):
+    cdef uint64_t pause
+    if anything_in_flight(core) or core.dirty.round != ROUND_IDLE or core.dirty.failed:
         patience = TICK_NS
     elif core.now_ns - core.busy_ns > GIVE_BACK_NS:
         arena_give_back(&core.arena)
-    core.ring.wait(core.ring, core, patience)
+    pause = copiers_pause(core)
+    core.ring.wait(core.ring, core, patience if patience < pause else pause)
     mail_take(core)
     settle_all(core)
 
@@ -133,6 +138,8 @@ cdef bint stopped(Core *core) noexcept nogil:
         return False
     if core.now_ns - core.stop_ns > STOP_PATIENCE_NS:
         return True
+    if core.dirty.writing:
+        return False
     for i in range(LEG_SLOTS):
         if core.legs[i].in_flight:
             return False

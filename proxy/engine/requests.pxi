@@ -40,6 +40,8 @@ cdef void map_release(Core *core, Map *map) noexcept nogil:
 cdef void admit(Core *core, Request *request) noexcept nogil:
     """Take in a request whose kind, disk, offset, length, flags and buffers are set."""
     request.admitted_ns = core.busy_ns = core.now_ns
+    if request.connection != NULL:
+        core.client_ns = core.now_ns
     request.claim_offset = request.offset & ~<uint64_t>(CLAIM_BLOCK - 1)
     request.claim_end = (request.offset + request.length + CLAIM_BLOCK - 1) & ~<uint64_t>(CLAIM_BLOCK - 1)
     request.exclusive = request.kind == WRITE or request.kind == ZERO or request.kind == TRIM
@@ -66,6 +68,9 @@ cdef void start(Core *core, Request *request) noexcept nogil:
     cdef uint64_t mask, limit
     cdef uint64_t end = request.offset + request.length
     cdef uint32_t hint = 0
+    if request.exclusive and map.tracked and not dirty_marked(core, request):
+        dirty_await(core, request)
+        return
     request.state = RUNNING
     core.running += 1
     request.failed = False
@@ -429,6 +434,7 @@ cdef void finish(Core *core, Request *request, int32_t error) noexcept nogil:
 
 cdef void answer(Core *core, Request *request) noexcept nogil:
     cdef uint64_t waited_ns
+    cdef int32_t error
     if request.replayed:
         core.replays_pending -= 1
         core.replays += 1
@@ -440,6 +446,10 @@ cdef void answer(Core *core, Request *request) noexcept nogil:
         connection_answer(core, request)
     elif request.copier != NULL:
         copier_done(core, request)
+    elif request.cleaning:
+        error = request.error
+        request_free(core, request)
+        dirty_flushed(core, error)
     else:
         event_put(core, EVENT_DONE, 0, 0, request.error, 0, request.token, 0)
         request_free(core, request)
@@ -501,6 +511,8 @@ cdef void settle(Core *core) noexcept nogil:
             request = after
     while core.cramped.count and not core.held and refresh_buffer(core, core.cramped.head):
         start(core, list_pop(&core.cramped))
+    if core.marks_moved and not core.held:
+        dirty_resume(core)
     count = core.starved.count if core.relief else 0
     core.relief = False
     while count:
@@ -527,7 +539,7 @@ cdef void release(Core *core) noexcept nogil:
     """End the hold: answer what was withheld, redo what was parked, let in what was held, in this order."""
     cdef uint32_t count = core.held_requests.count
     core.held = False
-    core.wake = True
+    core.wake = core.marks_moved = True
     core.replay_report = True
     while core.withheld.count:
         answer(core, list_pop(&core.withheld))
@@ -541,6 +553,7 @@ cdef void install(Core *core, Map *map) noexcept nogil:
     cdef Map *before = core.map
     cdef Device *device
     cdef uint32_t i, j
+    dirty_install(core, before, map)
     core.map = map
     map.references += 1
     for i in range(map.leg_count):

@@ -1,8 +1,10 @@
 """What crosses the boundary between the engine and Python, as Python sees it."""
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 
 class DeviceKind(IntEnum):
@@ -42,6 +44,7 @@ class EventKind(IntEnum):
     MAP_RETIRED = 10  # generation
     LEG_CLOSED = 11  # leg; its descriptors are closed
     LEG_FORGOTTEN = 12  # leg; its id is free again
+    BITMAP_FAILED = 13  # code: errno, new regions cannot be written to; 0: they can again
 
 
 class Event(NamedTuple):
@@ -72,6 +75,30 @@ class DeviceSpec:
     can_flush: bool
     can_fua: bool
     can_zero: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Tracking:
+    """What a map needs for writes to be marked in the dirty bitmap.
+
+    ``planes`` are those of its legs, in their order, ``away`` those of legs that take no part; ``maps``,
+    one for each disk, say where its bytes lie in the domain (device 0 is the domain).
+    """
+
+    planes: Sequence[int]
+    away: Sequence[int]
+    maps: Sequence["PackedMap"]
+
+
+class PackedMap(Protocol):
+    """The three columns of proxy.extentmap.ExtentMap."""
+
+    @property
+    def offsets(self) -> "array[int]": ...
+    @property
+    def devices(self) -> "array[int]": ...
+    @property
+    def device_offsets(self) -> "array[int]": ...
 
 
 class DeviceStatistics(NamedTuple):

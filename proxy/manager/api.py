@@ -69,9 +69,10 @@ class Target(_Body):
 
 
 class Resync(_Body):
-    """The leg to bring back; all outdated ones when absent."""
+    """The leg to bring back, all outdated ones when absent; and what copies may take a second, as a size."""
 
     group: str | None = None
+    rate: str | None = None
 
 
 def application(service: Service) -> FastAPI:
@@ -210,7 +211,7 @@ def _add_domains(app: FastAPI, service: Service) -> None:
 
     @app.post("/domains/{name}/resync")
     async def resync(name: str, body: Resync) -> dict[str, Any]:
-        return {"groups": await service.resync(name, body.group)}
+        return {"groups": await service.resync(name, body.group, body.rate)}
 
 
 def _add_disks(app: FastAPI, service: Service) -> None:

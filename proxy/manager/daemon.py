@@ -57,8 +57,10 @@ def serve(places: Places, settings: Settings, *, keep_domains: bool) -> None:
             taken.callback(os.close, _lock(directory, option, undo))
         store = SqliteStore(places.state / "standfast.db")
         taken.callback(store.close)
+        bitmaps = places.state / "bitmaps"
+        _make(bitmaps, "--state", undo)
         undo.pop_all()  # from here on nothing is refused any more
-        trio.run(_main, places, Service(store, settings, places.run), keep_domains)
+        trio.run(_main, places, Service(store, settings, places.run, bitmaps), keep_domains)
 
 
 def _make(directory: Path, option: str, undo: ExitStack) -> None:

@@ -41,6 +41,14 @@ def disk_maps(domain: DomainRecord, groups: Sequence[Group]) -> list[bytes]:
     ]
 
 
+def disk_places(disks: Sequence[DiskRecord]) -> list[bytes]:
+    """Where each disk lies in the domain (as a map whose device 0 is the domain), by number, encoded."""
+    return [
+        ExtentMap.linear([Run(0, part.offset, part.length) for part in disk.ranges]).to_bytes()
+        for disk in sorted(disks, key=lambda disk: disk.number)
+    ]
+
+
 def device_ranges(group: Group, runs: Sequence[Run]) -> list[list[tuple[int, int]]]:
     """For each device of a group, the (offset, length) ranges that ``runs`` have on it."""
     return [

@@ -54,12 +54,14 @@ class Service:
         store: the only one on it.
         settings: of this manager.
         run: where sockets are.
+        bitmaps: where the domains' dirty bitmaps are.
     """
 
-    def __init__(self, store: Store, settings: Settings, run: Path) -> None:
+    def __init__(self, store: Store, settings: Settings, run: Path, bitmaps: Path) -> None:
         self.store = store
         self.settings = settings
         self.run_directory = run
+        self._bitmaps = bitmaps
         self.supervisors: dict[str, Supervisor] = {}
         self._nursery: trio.Nursery | None = None
         self._site = trio.Lock()
@@ -94,11 +96,15 @@ class Service:
             store=self.store,
             settings=self.settings,
             directory=self.run_directory / name,
+            bitmap=self._bitmap(self.store.domain(name)),
             changed=self.note_change,
         )
         self.supervisors[name] = supervisor
         self._nursery.start_soon(supervisor.run)
         return supervisor
+
+    def _bitmap(self, domain: DomainRecord) -> Path:
+        return self._bitmaps / str(domain.domain.uuid)
 
     def note_change(self) -> None:
         """Something an operator sees may have changed."""
@@ -209,6 +215,7 @@ class Service:
             # Writes of unknown fate may still land on another server's devices: not in somebody else's space.
             await trio.sleep(self.settings.quarantine_s)
         self.store.remove_domain(name, time.time())
+        self._bitmap(domain).unlink(missing_ok=True)
         with suppress(process.StartError):
             if process.find(self.run_directory / name, domain.domain.uuid) is None:
                 shutil.rmtree(self.run_directory / name, ignore_errors=True)
@@ -316,8 +323,11 @@ class Service:
         if not await supervisor.do(rest):
             raise RefusedError(f"domain {supervisor.name} did not change: {supervisor.trouble()}")
 
-    async def resync(self, name: str, group: str | None) -> list[str]:
+    async def resync(self, name: str, group: str | None, rate: str | None) -> list[str]:
         """Begin to bring outdated legs back, all or the one named; returns which, once they are reached.
+
+        Args:
+            rate: what copies of this domain may take a second from now on, as a size; None: as it is.
 
         Raises:
             RefusedError: there is none, or it cannot be reached.
@@ -332,7 +342,11 @@ class Service:
         if not wanted:
             raise RefusedError(f"domain {name} has no outdated leg; there is nothing to sync")
 
+        rate_bytes = None if rate is None else 0 if rate == "0" else parse_size(rate)
+
         async def begin(session: Session) -> list[Order]:
+            if rate_bytes is not None:
+                await session.pace_copies(rate_bytes)
             return [session.resync(one) for one in wanted]
 
         for order in await supervisor.do(begin):

@@ -6,10 +6,12 @@ clock. The machine (``proxy.failover``) says what follows and ``_carry_out`` doe
 
 import logging
 import math
+import os
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Set
+from collections.abc import Awaitable, Callable, Mapping, Set
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import trio
@@ -48,8 +50,9 @@ from proxy.manager.legs import Leg, Legs, Numbers, evidence_of, is_evidence, is_
 from proxy.manager.link import CommandError, Link, ServerGoneError
 from proxy.manager.settings import Settings
 from proxy.model import FailoverReceipt, Group, LegState, Severity
+from proxy.sizes import MIB
 from proxy.store import Change as StoreChange
-from proxy.store import DiskRecord, NewEvent, Store
+from proxy.store import DiskRecord, DomainRecord, NewEvent, Store
 
 log = logging.getLogger("standfast.session")
 
@@ -106,6 +109,7 @@ class Session:
         nursery: for openings in the background.
         post, queue: both ends of the domain's queue, which outlives this session.
         numbers: for the domain's legs; they outlive this session too.
+        bitmap: the file of the dirty bitmap.
         making: numbers of disks that somebody is making.
         changed: called when what an operator sees may have changed.
     """
@@ -121,6 +125,7 @@ class Session:
         post: trio.MemorySendChannel[Item],
         queue: trio.MemoryReceiveChannel[Item],
         numbers: Numbers,
+        bitmap: Path,
         making: Set[int],
         changed: Callable[[], None],
     ) -> None:
@@ -131,6 +136,7 @@ class Session:
         self.legs = Legs(link, settings, numbers)
         self.stuck = ""
         self._making = making
+        self._bitmap = bitmap
         self._settings = settings
         self._nursery = nursery
         self._post = post
@@ -154,6 +160,8 @@ class Session:
         """
         domain = self.store.domain(self.name)
         groups = self._groups()
+        await self._open_bitmap(domain, groups)
+        await self.pace_copies(self._settings.resync_rate_mib_s * MIB)
         if domain.domain.listen:
             await self._listen(domain.domain.listen, is_new=domain.record.generation == 1)
         await self.offer(domain.disks)
@@ -178,7 +186,8 @@ class Session:
             self.tell(
                 Severity.WARNING,
                 "unclean",
-                f"domain {self.name} did not end cleanly; its backups are synced again from its active leg",
+                f"domain {self.name} did not end cleanly; what was being written then is synced again from its "
+                "active leg",
             )
             for leg in domain.record.legs:
                 self.legs.suspect(groups[leg.group])
@@ -188,6 +197,33 @@ class Session:
                 for group in remote:
                     self.legs.trust(group)
         await self._feed(Started(lost, unclean=domain.session_open))
+
+    async def _open_bitmap(self, domain: DomainRecord, groups: Mapping[str, Group]) -> None:
+        """Have the domain server mark what is written to, beginning with what is known of each leg."""
+        distrust = await self.link.call(
+            "open-bitmap",
+            path=str(self._bitmap),
+            domain=str(domain.domain.uuid),
+            size=domain.domain.size,
+            session=domain.session,
+            clean=not domain.session_open,
+            legs=[
+                {"uuid": str(groups[leg.group].uuid), "uptodate": leg.state is LegState.UPTODATE}
+                for leg in domain.record.legs
+            ],
+        )
+        self._with_record = StoreChange(session=domain.session + 1)
+        if distrust and len(domain.record.legs) > 1:
+            self.tell(
+                Severity.WARNING,
+                "bitmap-distrusted",
+                f"domain {self.name}: which parts of its legs differ is not known ({distrust}); every leg that may "
+                "lack something is copied whole",
+            )
+
+    async def pace_copies(self, rate: int) -> None:
+        """Let copies take ``rate`` bytes a second at most; 0: all the devices give."""
+        await self.link.call("pace", rate=rate, floor=self._settings.resync_floor_mib_s * MIB)
 
     async def adopt(self) -> None:
         """Take over a domain server that a manager before us had."""
@@ -323,6 +359,8 @@ class Session:
         elif kind == "COPIED":
             if leg is not None:
                 leg.copying, leg.copied = False, event["code"] == 0
+        elif kind == "BITMAP_FAILED":
+            self._tell_bitmap(event["code"])
         elif kind == "REPLAYED":
             self._settle_failover(event["a"], event["b"])
         elif kind == "ZEROED" and event["disk"] in self._zeroing:
@@ -337,6 +375,18 @@ class Session:
             await self.legs.discard(leg)  # opened again, and lost again before it was of any use
         else:
             await self._feed(LegLost(group, evidence_of(leg, event)))
+
+    def _tell_bitmap(self, code: int) -> None:
+        if code:
+            message = (
+                f"domain {self.name}: the dirty bitmap {self._bitmap} cannot be written ({os.strerror(code)}); writes "
+                "to parts of disks that were not being written to wait until it can"
+            )
+            self.tell(Severity.ERROR, "bitmap-failed", message)
+        else:
+            self.tell(
+                Severity.INFO, "bitmap-back", f"domain {self.name}: the dirty bitmap can be written again"
+            )
 
     def _settle_failover(self, replayed: int, longest_ns: int) -> None:
         if self._unsettled is None:
@@ -418,11 +468,20 @@ class Session:
     async def _install(self, record: Record) -> None:
         domain = self.store.domain(self.name)
         legs = [self.legs.open[group] for group in record.attached()]
-        encoded = maps.disk_maps(domain, [leg.group for leg in legs])
+        groups = self._groups()
+        encoded = [*maps.disk_places(domain.disks), *maps.disk_maps(domain, [leg.group for leg in legs])]
         await self.link.call(
             "install",
             generation=record.generation,
-            legs=[{"leg": leg.number, "role": maps.leg_role(record, leg.group.name)} for leg in legs],
+            legs=[
+                {
+                    "leg": leg.number,
+                    "role": maps.leg_role(record, leg.group.name),
+                    "uuid": str(leg.group.uuid),
+                }
+                for leg in legs
+            ],
+            away=[str(groups[leg.group].uuid) for leg in record.legs if leg.group not in record.attached()],
             disks=maps.disk_messages(domain.disks),
             map_bytes=[len(one) for one in encoded],
             payload=b"".join(encoded),

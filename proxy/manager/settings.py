@@ -20,14 +20,25 @@ class Settings:
             that such writes are done with, so they are given time to be. A server alive enough to
             accept a connection has long worked off what it had received.
         reopen_interval_s: how often a held domain tries to reach its lost devices again.
+        resync_rate_mib_s: what a resync may take at most; 0: all that the devices give.
+        resync_floor_mib_s: what it takes while clients are at work. The default leaves a client that
+            asks for one thing at a time its latency (``bench resync``), and ends all the same.
     """
 
     deadline_ms: int = 5000
     quarantine_s: float = 3.0
     reopen_interval_s: float = 1.0
+    resync_rate_mib_s: int = 0
+    resync_floor_mib_s: int = 32
 
 
-_LIMITS = {"deadline_ms": (10, 600_000), "quarantine_s": (0, 3600), "reopen_interval_s": (0.05, 3600)}
+_LIMITS = {
+    "deadline_ms": (10, 600_000),
+    "quarantine_s": (0, 3600),
+    "reopen_interval_s": (0.05, 3600),
+    "resync_rate_mib_s": (0, 1_000_000),
+    "resync_floor_mib_s": (1, 1_000_000),
+}
 
 
 def load_settings(path: Path | None) -> Settings:

@@ -47,14 +47,23 @@ class Supervisor:
         name: of the domain, which is in the store.
         store, settings: the manager's.
         directory: where the domain server has its sockets.
+        bitmap: the file of its dirty bitmap.
         changed: called when what an operator sees may have changed.
     """
 
     def __init__(
-        self, name: str, *, store: Store, settings: Settings, directory: Path, changed: Callable[[], None]
+        self,
+        name: str,
+        *,
+        store: Store,
+        settings: Settings,
+        directory: Path,
+        bitmap: Path,
+        changed: Callable[[], None],
     ) -> None:
         self.name = name
         self.directory = directory
+        self._bitmap = bitmap
         self.settled = trio.Event()  # the first start has come to an end, good or bad
         self.ended = trio.Event()
         self.failure = ""  # why there is no domain server
@@ -218,6 +227,7 @@ class Supervisor:
                     post=self._post,
                     queue=self._queue,
                     numbers=self._numbers,
+                    bitmap=self._bitmap,
                     making=self.making,
                     changed=self._changed,
                 )

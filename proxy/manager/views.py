@@ -102,8 +102,8 @@ def _leg_view(
     lost = supervisor.lost() if supervisor is not None else {}
     served = status["legs"].get(str(numbers.get(leg.group))) if status else None
     extents = domain_map(domain, group)
-    allotted = sum(length for _, _, length in copy_ranges(domain.disks))
-    copied, total = served["copy"] if served and served["copy"] else (0, allotted)
+    dirty_bytes = _dirty_bytes(domain, leg, group, status)
+    copy = served["copy"] if served else None
     state = LegState.FAILED if leg.group in lost and leg.state is not LegState.OUTDATED else leg.state
     return {
         "group": leg.group,
@@ -111,9 +111,8 @@ def _leg_view(
         "state": state,
         "blocked": leg.blocked,
         "reason": lost.get(leg.group),
-        # Without a record of what it missed, all that is allotted has to be taken for different.
-        "dirty_bytes": 0 if leg.state is LegState.UPTODATE else total - copied,
-        "sync": {"copied": copied, "total": total} if leg.state is LegState.SYNCING else None,
+        "dirty_bytes": dirty_bytes,
+        "sync": _sync_view(copy, dirty_bytes) if leg.state is LegState.SYNCING else None,
         "devices": [
             {
                 "position": device.position,
@@ -133,6 +132,28 @@ def _leg_view(
             }
             for extent, _ in zip(extents, range(EXTENTS_SHOWN), strict=False)
         ],
+    }
+
+
+def _dirty_bytes(domain: DomainRecord, leg: LegRecord, group: Group, status: dict[str, Any] | None) -> int:
+    """What a leg lacks. Only the domain server knows; without one it is all that is allotted, at most."""
+    if leg.state is LegState.UPTODATE:
+        return 0
+    allotted = sum(length for _, _, length in copy_ranges(domain.disks))
+    known: int = status["dirty_bytes"].get(str(group.uuid), allotted) if status else allotted
+    return known
+
+
+def _sync_view(copy: dict[str, Any] | None, dirty_bytes: int) -> dict[str, Any]:
+    """A copy that goes on, with its rate in bytes a second and the time it will take; or one that is to begin."""
+    if copy is None:
+        return {"copied": 0, "total": dirty_bytes, "rate": None, "seconds_left": None}
+    rate = copy["copied"] / copy["seconds"] if copy["seconds"] else 0
+    return {
+        "copied": copy["copied"],
+        "total": copy["total"],
+        "rate": int(rate),
+        "seconds_left": round((copy["total"] - copy["copied"]) / rate, 1) if rate else None,
     }
 
 

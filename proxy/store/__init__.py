@@ -58,12 +58,13 @@ class DomainRecord:
     """Everything the store knows of one domain.
 
     ``session_open``: a domain server was started and has not ended cleanly, so the legs may differ
-    in what was in flight when it ended.
+    in what was in flight when it ended. ``session`` is the number of that server; 0: there was none yet.
     """
 
     domain: Domain
     desired: Desired
     session_open: bool
+    session: int
     record: Record
     runs: Mapping[str, tuple[Run, ...]]  # by group
     disks: tuple[DiskRecord, ...]
@@ -86,6 +87,7 @@ class Change:
 
     record: Record | None = None
     session_open: bool | None = None
+    session: int | None = None
     desired: Desired | None = None
     failover: FailoverReceipt | None = None
     add_disk: DiskRecord | None = None

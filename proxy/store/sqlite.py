@@ -129,6 +129,9 @@ _MIGRATIONS = (
         message TEXT NOT NULL
     ) STRICT;
     """,
+    """
+    ALTER TABLE attachments ADD COLUMN session INTEGER NOT NULL DEFAULT 0;
+    """,
 )
 
 SCHEMA_VERSION = len(_MIGRATIONS)
@@ -299,7 +302,7 @@ class SqliteStore:
         with self._errors():
             rows = self._db.execute(
                 "SELECT d.id, d.uuid, d.name, d.size, d.replication, d.listen, a.desired, a.session_open,"
-                " a.generation, g.name FROM domains d JOIN attachments a ON a.domain_id = d.id"
+                " a.session, a.generation, g.name FROM domains d JOIN attachments a ON a.domain_id = d.id"
                 f" JOIN groups g ON g.id = a.active_group_id {where} ORDER BY d.name",
                 values,
             ).fetchall()
@@ -340,6 +343,7 @@ class SqliteStore:
                     Domain(DomainId(domain_id), UUID(uuid), name, size, Replication(replication), listen),
                     Desired(desired),
                     bool(session_open),
+                    session,
                     Record(generation, active, tuple(legs[domain_id])),
                     {group: tuple(found) for group, found in runs[domain_id].items()},
                     tuple(disks.get(domain_id, ())),
@@ -354,6 +358,7 @@ class SqliteStore:
                     listen,
                     desired,
                     session_open,
+                    session,
                     generation,
                     active,
                 ) in rows
@@ -416,6 +421,8 @@ class SqliteStore:
         with self._transaction() as db:
             if change.record is not None:
                 self._write_record(domain, change.record)
+            if change.session is not None:
+                db.execute("UPDATE attachments SET session = ? WHERE domain_id = ?", (change.session, domain))
             if change.session_open is not None:
                 db.execute(
                     "UPDATE attachments SET session_open = ? WHERE domain_id = ?",

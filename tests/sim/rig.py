@@ -9,9 +9,21 @@ import errno
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from uuid import UUID
 
-from proxy.engine import DeviceKind, DeviceSpec, Event, EventKind, LegRole, OpKind, PendingOp, SimulatedEngine
+from proxy.dirtymap import DirtyMap, LegContent, plane_size, renewed
+from proxy.engine import (
+    DeviceKind,
+    DeviceSpec,
+    Event,
+    EventKind,
+    LegRole,
+    OpKind,
+    PendingOp,
+    SimulatedEngine,
+    Tracking,
+)
 from proxy.errors import NBD_ERROR_BY_ERRNO
 from proxy.extentmap import ExtentMap, Range, Run
 from tests.sim.medium import Medium
@@ -227,6 +239,8 @@ class Rig:
     clients: list[Client] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     generation: int = 0
+    bitmap: FileDevice | None = None
+    _domain: DirtyMap | None = None
     _cookie: int = 0
 
     # --- Setting up -------------------------------------------------------------------------------
@@ -273,11 +287,13 @@ class Rig:
         *legs: int | tuple[int, LegRole],
         size: int | None = None,
         disks: Sequence[tuple[int, Range]] | None = None,
+        away: Sequence[int] = (),
     ) -> int:
         """Install a map of these legs, the first one active; the generation.
 
         One disk, number 0, of ``size`` bytes (by default all of the first leg), unless ``disks`` says
-        which disk has which range of the domain.
+        which disk has which range of the domain. With a bitmap, the leg of id ``n`` has plane ``n``, and
+        ``away`` are those that take no part.
         """
         self.generation += 1
         roles = [
@@ -293,8 +309,45 @@ class Rig:
                 (number, space.length, [table.compose([space]) for table in tables])
                 for number, space in disks
             ]
-        self.engine.install(self.generation, roles, rows)
+        tracking = None
+        if self.bitmap is not None:
+            spaces = (
+                [Range(0, rows[0][1] + -rows[0][1] % 4096)] if disks is None else [one for _, one in disks]
+            )
+            places = [ExtentMap.linear([Run(0, space.offset, space.length)]) for space in spaces]
+            tracking = Tracking([leg_id for leg_id, _ in roles], away, places)
+        self.engine.install(self.generation, roles, rows, tracking=tracking)
         return self.generation
+
+    def open_bitmap(self, size: int) -> None:
+        """Give the engine the bitmap of a domain of this size; the leg of id ``n`` has plane ``n``."""
+        legs = [LegContent(UUID(int=number), True) for number in (1, 2, 3, 4)]
+        fresh = renewed(None, UUID(int=7), size, 1, legs, clean=True)
+        self._domain = fresh = replace(
+            fresh, region_shift=16, planes=(bytes(plane_size(size, 16)),) * len(fresh.planes)
+        )
+        data = fresh.encode()
+        medium = Medium(len(data))
+        medium.write(0, data, durable=True)
+        descriptor = new_descriptor()
+        self.bitmap = self.files[descriptor] = FileDevice(descriptor, medium)
+        self.engine.open_bitmap(
+            descriptor, shift=16, regions=fresh.regions, identity=fresh.identity, planes=fresh.planes
+        )
+
+    def bitmap_ops(self) -> list[PendingOp]:
+        """Pending operations of the bitmap's file."""
+        assert self.bitmap is not None
+        return [op for op in self.engine.pending() if op.fd == self.bitmap.fd]
+
+    def marked(self, plane: int) -> set[int]:
+        """The regions that are durably marked in a plane."""
+        assert self.bitmap is not None and self._domain is not None
+        found = DirtyMap.decode(
+            bytes(self.bitmap.medium.durable), domain=self._domain.domain, size=self._domain.size
+        )
+        bits = int.from_bytes(found.planes[plane], "little")
+        return {number for number in range(found.regions) if bits >> number & 1}
 
     def start(self, *legs: int | tuple[int, LegRole], size: int | None = None) -> Client:
         """Install the first map, release, and connect a client."""

@@ -2,7 +2,15 @@
 
 from typing import Any
 
-from proxy.cli.objects import DiskObject, DomainObject, EventObject, ExtentObject, GroupObject, LegObject
+from proxy.cli.objects import (
+    DiskObject,
+    DomainObject,
+    EventObject,
+    ExtentObject,
+    GroupObject,
+    LegObject,
+    SyncObject,
+)
 
 
 def leg(group: str, role: str, state: str = "uptodate", **changes: Any) -> LegObject:
@@ -89,3 +97,10 @@ def event(number: int, message: str = "something happened", **changes: Any) -> E
         **changes,
     }
     return made  # type: ignore[return-value]
+
+
+def sync_of(
+    copied: int, total: int, rate: int | None = None, seconds_left: float | None = None
+) -> SyncObject:
+    """How far a copy has come."""
+    return {"copied": copied, "total": total, "rate": rate, "seconds_left": seconds_left}

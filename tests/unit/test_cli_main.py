@@ -15,7 +15,7 @@ from proxy.cli import output, waiting
 from proxy.cli.client import Manager
 from proxy.cli.main import main
 from tests.unit.cli_manager import GoAway, answering, manager
-from tests.unit.cli_objects import domain, event, group, leg
+from tests.unit.cli_objects import domain, event, group, leg, sync_of
 
 #: The library leaves the socket of a connection that was refused to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")
@@ -234,8 +234,8 @@ def test_command_loads_nothing_that_only_the_manager_needs() -> None:
         ("disk resize v/d --size 5M", ("POST", "/domains/v/disks/d/resize", {"size": "5M"})),
         ("disk remove v/d --force", ("DELETE", "/domains/v/disks/d?force=true", None)),
         ("failover v --to b", ("POST", "/domains/v/failover", {"to": "b"})),
-        ("resync v --group b", ("POST", "/domains/v/resync", {"group": "b"})),
-        ("resync v", ("POST", "/domains/v/resync", {"group": None})),
+        ("resync v --group b", ("POST", "/domains/v/resync", {"group": "b", "rate": None})),
+        ("resync v", ("POST", "/domains/v/resync", {"group": None, "rate": None})),
     ],
 )
 def test_order_becomes_one_request_and_json_prints_its_answer_untouched(
@@ -317,7 +317,7 @@ def test_events_followed_waits_only_when_there_are_none_left(capsys: pytest.Capt
 
 SYNCING = domain(
     leg("alpha", "active"),
-    leg("beta", "backup", "syncing", sync={"copied": 1 << 20, "total": 4 << 20}),
+    leg("beta", "backup", "syncing", sync=sync_of(1 << 20, 4 << 20)),
     state="degraded",
 )
 OUTDATED = domain(leg("alpha", "active"), leg("beta", "backup", "outdated", blocked=True), state="degraded")

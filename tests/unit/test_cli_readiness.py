@@ -4,7 +4,7 @@ import pytest
 
 from proxy.cli.objects import DomainObject, SyncObject
 from proxy.cli.readiness import percent, readiness
-from tests.unit.cli_objects import domain, leg
+from tests.unit.cli_objects import domain, leg, sync_of
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def test_readiness_with_one_backup_of_two_syncing_says_how_far_it_is() -> None:
         domain(
             leg("alpha", "active"),
             leg("beta", "backup"),
-            leg("gamma", "backup", "syncing", sync={"copied": 37, "total": 100}),
+            leg("gamma", "backup", "syncing", sync=sync_of(37, 100)),
         )
     )
     assert verdict.missing == "gamma is syncing (37%)"
@@ -34,9 +34,7 @@ def test_readiness_with_one_backup_of_two_syncing_says_how_far_it_is() -> None:
 
 
 def test_readiness_with_a_percent_step_rounds_down() -> None:
-    syncing = domain(
-        leg("alpha", "active"), leg("beta", "backup", "syncing", sync={"copied": 39, "total": 100})
-    )
+    syncing = domain(leg("alpha", "active"), leg("beta", "backup", "syncing", sync=sync_of(39, 100)))
     assert "(30%)" in readiness(syncing, percent_step=10).missing
 
 
@@ -80,10 +78,10 @@ def test_readiness_with_a_blocked_uptodate_backup_is_not_ready() -> None:
 @pytest.mark.parametrize(
     ("sync", "expected"),
     [
-        ({"copied": 0, "total": 0}, 100),
-        ({"copied": 0, "total": 3}, 0),
-        ({"copied": 2, "total": 3}, 66),
-        ({"copied": 3, "total": 3}, 100),
+        (sync_of(0, 0), 100),
+        (sync_of(0, 3), 0),
+        (sync_of(2, 3), 66),
+        (sync_of(3, 3), 100),
     ],
 )
 def test_percent_is_rounded_down_and_whole_when_there_is_nothing_to_copy(

@@ -10,7 +10,7 @@ from proxy.cli import render
 from proxy.cli.output import Surface, lay_out
 from proxy.cli.plan import plan_failover
 from proxy.cli.text import count, printable
-from tests.unit.cli_objects import disk, domain, event, group, leg
+from tests.unit.cli_objects import disk, domain, event, group, leg, sync_of
 
 LONG_NAME = "d" * 63
 LONG_URI = f"nbd+unix:///{LONG_NAME}?socket=/a/very/deep/place/" + "x" * 200
@@ -72,7 +72,7 @@ def test_domain_page_shows_what_an_operator_looks_for() -> None:
         render.domain_page(
             domain(
                 leg("alpha", "active"),
-                leg("beta", "backup", "syncing", dirty_bytes=1 << 19, sync={"copied": 1, "total": 2}),
+                leg("beta", "backup", "syncing", dirty_bytes=1 << 19, sync=sync_of(1, 2)),
                 leg("gamma", "backup", "outdated", blocked=True),
                 state="degraded",
                 trouble="clients wait",
