@@ -123,6 +123,7 @@ class DomainObject(TypedDict):
     clients: int
     disks: list[DiskObject]
     statistics: dict[str, Any] | None
+    marked_bytes: int | None
     last_failover: FailoverObject | None
     version: NotRequired[int]
 

@@ -10,7 +10,7 @@ from uuid import UUID
 
 import trio
 
-from proxy.dirtymap import LegContent
+from proxy.dirtymap import INTENT, LegContent
 from proxy.domainserver.bitmap import Bitmap, open_bitmap
 from proxy.domainserver.doors import Doors, export_of
 from proxy.domainserver.legs import DeviceOrder, LegError, open_leg
@@ -206,6 +206,7 @@ class Server:
                 for leg_id in self._legs
             },
             "dirty_bytes": self._dirty_bytes(),
+            "marked_bytes": self.engine.dirty_bytes(INTENT, away=False),
         }
 
     def _copy_status(self, leg_id: int) -> dict[str, Any] | None:

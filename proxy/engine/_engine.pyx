@@ -550,10 +550,13 @@ cdef class Engine:
         self._mail(mail_fill_plane, &request)
 
     def dirty_bytes(self, uint32_t plane, *, bint away):
-        """Bytes of disks in regions that a leg lacks; ``away``: it takes no part in the map."""
+        """Bytes of disks in regions that a leg lacks; ``away``: it takes no part in the map.
+
+        Of plane 0: in regions of which legs may differ if we crash now.
+        """
         cdef Core *core = self.core
         cdef uint64_t count = 0
-        assert 0 < plane < PLANES
+        assert plane < PLANES
         if core.map != NULL and core.map.tracked:
             with nogil:  # whoever frees maps is in this thread
                 count = dirty_bytes(&core.dirty, core.map, plane, away)

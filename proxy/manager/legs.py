@@ -37,6 +37,7 @@ class Leg:
     fresh_at: float | None = None
     copying: bool = False
     copied: bool = False
+    copied_bytes: int = 0
     closing: bool = False
 
 

@@ -50,7 +50,7 @@ from proxy.manager.legs import Leg, Legs, Numbers, evidence_of, is_evidence, is_
 from proxy.manager.link import CommandError, Link, ServerGoneError
 from proxy.manager.settings import Settings
 from proxy.model import FailoverReceipt, Group, LegState, Severity
-from proxy.sizes import MIB
+from proxy.sizes import MIB, format_size
 from proxy.store import Change as StoreChange
 from proxy.store import DiskRecord, DomainRecord, NewEvent, Store
 
@@ -358,7 +358,7 @@ class Session:
             self.legs.closed(event["leg"])
         elif kind == "COPIED":
             if leg is not None:
-                leg.copying, leg.copied = False, event["code"] == 0
+                leg.copying, leg.copied, leg.copied_bytes = False, event["code"] == 0, event["a"]
         elif kind == "BITMAP_FAILED":
             self._tell_bitmap(event["code"])
         elif kind == "REPLAYED":
@@ -570,9 +570,12 @@ class Session:
                 leg.copying = True
                 continue
             leg.copied = False
+            amount = f"domain {self.name}: {format_size(leg.copied_bytes)} were copied to {record.group}"
+            copied = NewEvent(Severity.INFO, "copied", amount, self.name)
             try:
                 await self.change(
-                    Change({record.group: LegState.UPTODATE}, f"{record.group} is synced"), StoreChange()
+                    Change({record.group: LegState.UPTODATE}, f"{record.group} is synced"),
+                    StoreChange(events=[copied]),
                 )
             except StoreError as error:
                 leg.copied = True  # tried again when the clock says so

@@ -86,6 +86,8 @@ async def domain_view(service: Service, domain: DomainRecord) -> dict[str, Any]:
             disk_view(service.run_directory, domain, disk, status) for disk in domain.disks if disk.ready
         ],
         "statistics": status["statistics"] if status else None,
+        # What a crash of ours would have each backup be copied.
+        "marked_bytes": status["marked_bytes"] if status else None,
         "last_failover": _receipt_view(domain.last_failover),
     }
 

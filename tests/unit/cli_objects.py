@@ -63,6 +63,7 @@ def domain(*legs: LegObject, **changes: Any) -> DomainObject:
         "clients": 0,
         "disks": [],
         "statistics": None,
+        "marked_bytes": None,
         "last_failover": None,
         "version": 7,
         **changes,
