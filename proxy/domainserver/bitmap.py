@@ -13,105 +13,29 @@ from proxy.dirtymap import DirtyMap, DirtyMapError, LegContent, renewed
 from proxy.engine import Engine
 
 
-@dataclass(slots=True)
-class Bitmap:
-    """The file in use. ``content.groups`` has who has which plane; the planes are the engine's by now.
+class Disk:
+    """Where the file is kept; a class so that the simulator can have its own. What returns is durable.
 
-    ``named``: the groups that the file's header names. Who is new in a session has a plane and is not named
-    before the next session, which then takes it to lack everything: a header that named it could be on
-    the disk before its plane.
+    Every method raises OSError.
     """
 
-    path: Path
-    content: DirtyMap
-    named: tuple[UUID | None, ...]
+    async def read(self, path: Path) -> bytes:
+        """All of a file."""
+        return await trio.to_thread.run_sync(path.read_bytes)
 
-    async def assign(self, engine: Engine, groups: Collection[UUID]) -> None:
-        """Have a plane for each of ``groups`` and for nobody else; who is new lacks everything.
+    async def replace(self, path: Path, data: bytes) -> int:
+        """Put a new file in the place of the old one; a descriptor of it.
 
-        Raises:
-            OSError: the header cannot be written; nothing has changed.
+        Whoever may still write the old one does no harm.
         """
-        kept = tuple(group if group in groups else None for group in self.named)
-        if kept != self.named:
-            header = replace(self.content, groups=kept).header()
-            await trio.to_thread.run_sync(_write_header, self.path, header)
-            self.named = kept
-        assigned: list[UUID | None] = [one if one in groups else None for one in self.content.groups]
-        for group in groups:
-            if group not in assigned:
-                plane = assigned.index(None)
-                assigned[plane] = group
-                engine.fill_plane(plane + 1)
-        self.content = replace(self.content, groups=tuple(assigned))
+        return await trio.to_thread.run_sync(_replace, path, data)
 
-    def plane_of(self, group: UUID) -> int:
-        """The plane of a group that has one."""
-        plane = self.content.plane_of(group)
-        assert plane is not None, group
-        return plane
-
-
-def open_bitmap(
-    engine: Engine,
-    path: Path,
-    domain: UUID,
-    size: int,
-    session: int,
-    legs: Sequence[LegContent],
-    *,
-    clean: bool,
-) -> tuple[Bitmap, str]:
-    """Renew the file for a session and give it to the engine; blocks for as long as the disk takes.
-
-    Args:
-        size: of the domain in bytes.
-        session: the number of the last session by the store; 0: there was none.
-        legs: all of the domain, as the store says.
-        clean: the last session ended with every leg that took part equal to the others.
-
-    Returns:
-        The file, and why the one before could not be relied on; empty when it could, or there was none to be.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    before, distrust = _load(path, domain, size, session)
-    content = renewed(before, domain, size, session + 1, legs, clean=clean)
-    descriptor = _replace(path, content.encode())
-    engine.open_bitmap(
-        descriptor,
-        shift=content.region_shift,
-        regions=content.regions,
-        identity=content.identity,
-        planes=content.planes,
-    )
-    return Bitmap(path, content, content.groups), distrust
-
-
-def _load(path: Path, domain: UUID, size: int, session: int) -> tuple[DirtyMap | None, str]:
-    """The last session's map if it can be relied on, or else why not."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return None, f"{path} is not there" if session else ""
-    except OSError as error:
-        return None, f"{path} cannot be read: {error.strerror}"
-    try:
-        found = DirtyMap.decode(data, domain=domain, size=size)
-    except DirtyMapError as error:
-        return None, f"{path}: {error}"
-    # A session writes its number here first and then into the store.
-    if found.session not in (session, session + 1):
-        return None, (
-            f"{path} is of session {found.session} and the store of session {session}: one of them is older than "
-            "the other"
-        )
-    return found, ""
+    async def overwrite(self, path: Path, data: bytes) -> None:
+        """Write over a file's beginning."""
+        await trio.to_thread.run_sync(_overwrite, path, data)
 
 
 def _replace(path: Path, data: bytes) -> int:
-    """Put a new file in the place of the old one; whoever may still write the old one does no harm."""
     fresh = path.with_name(path.name + ".new")
     descriptor = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
@@ -133,10 +57,109 @@ def _replace(path: Path, data: bytes) -> int:
     return descriptor
 
 
-def _write_header(path: Path, header: bytes) -> None:
+def _overwrite(path: Path, data: bytes) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
-        os.pwrite(descriptor, header, 0)
+        os.pwrite(descriptor, data, 0)
         os.fdatasync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@dataclass(slots=True)
+class Bitmap:
+    """The file in use. ``content.groups`` has who has which plane; the planes are the engine's by now.
+
+    ``named``: the groups that the file's header names. Who is new in a session has a plane and is not named
+    before the next session, which then takes it to lack everything: a header that named it could be on
+    the disk before its plane.
+    """
+
+    disk: Disk
+    path: Path
+    content: DirtyMap
+    named: tuple[UUID | None, ...]
+
+    async def assign(self, engine: Engine, groups: Collection[UUID]) -> None:
+        """Have a plane for each of ``groups`` and for nobody else; who is new lacks everything.
+
+        Raises:
+            OSError: the header cannot be written; nothing has changed.
+        """
+        kept = tuple(group if group in groups else None for group in self.named)
+        if kept != self.named:
+            header = replace(self.content, groups=kept).header()
+            await self.disk.overwrite(self.path, header)
+            self.named = kept
+        assigned: list[UUID | None] = [one if one in groups else None for one in self.content.groups]
+        for group in groups:
+            if group not in assigned:
+                plane = assigned.index(None)
+                assigned[plane] = group
+                engine.fill_plane(plane + 1)
+        self.content = replace(self.content, groups=tuple(assigned))
+
+    def plane_of(self, group: UUID) -> int:
+        """The plane of a group that has one."""
+        plane = self.content.plane_of(group)
+        assert plane is not None, group
+        return plane
+
+
+async def open_bitmap(
+    engine: Engine,
+    disk: Disk,
+    path: Path,
+    domain: UUID,
+    size: int,
+    session: int,
+    legs: Sequence[LegContent],
+    *,
+    clean: bool,
+) -> tuple[Bitmap, str]:
+    """Renew the file for a session and give it to the engine.
+
+    Args:
+        size: of the domain in bytes.
+        session: the number of the last session by the store; 0: there was none.
+        legs: all of the domain, as the store says.
+        clean: the last session ended with every leg that took part equal to the others.
+
+    Returns:
+        The file, and why the one before could not be relied on; empty when it could, or there was none to be.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    before, distrust = await _load(disk, path, domain, size, session)
+    content = renewed(before, domain, size, session + 1, legs, clean=clean)
+    descriptor = await disk.replace(path, content.encode())
+    engine.open_bitmap(
+        descriptor,
+        shift=content.region_shift,
+        regions=content.regions,
+        identity=content.identity,
+        planes=content.planes,
+    )
+    return Bitmap(disk, path, content, content.groups), distrust
+
+
+async def _load(disk: Disk, path: Path, domain: UUID, size: int, session: int) -> tuple[DirtyMap | None, str]:
+    """The last session's map if it can be relied on, or else why not."""
+    try:
+        data = await disk.read(path)
+    except FileNotFoundError:
+        return None, f"{path} is not there" if session else ""
+    except OSError as error:
+        return None, f"{path} cannot be read: {error.strerror}"
+    try:
+        found = DirtyMap.decode(data, domain=domain, size=size)
+    except DirtyMapError as error:
+        return None, f"{path}: {error}"
+    # A session writes its number here first and then into the store.
+    if found.session not in (session, session + 1):
+        return None, (
+            f"{path} is of session {found.session} and the store of session {session}: one of them is older than "
+            "the other"
+        )
+    return found, ""

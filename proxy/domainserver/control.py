@@ -11,7 +11,7 @@ from uuid import UUID
 import trio
 
 from proxy.dirtymap import INTENT, LegContent
-from proxy.domainserver.bitmap import Bitmap, open_bitmap
+from proxy.domainserver.bitmap import Bitmap, Disk, open_bitmap
 from proxy.domainserver.doors import Doors, export_of
 from proxy.domainserver.legs import DeviceOrder, LegError, open_leg
 from proxy.engine import Engine, Event, EventKind, LegRole, RequestKind, Tracking
@@ -64,6 +64,7 @@ class Server:
         self.clean = False
         self._legs: dict[int, LegStatus] = {}
         self._openings: dict[int, trio.CancelScope] = {}
+        self._disk = Disk()
         self._bitmap: Bitmap | None = None
         self._away: tuple[UUID, ...] = ()
         self._held = True
@@ -229,21 +230,17 @@ class Server:
     async def _open_bitmap(self, frame: Frame) -> str:
         """Renew the dirty bitmap for this session; why the last one's could not be relied on, or nothing."""
         body = frame.body
-        legs = [LegContent(UUID(leg["uuid"]), leg["uptodate"]) for leg in body["legs"]]
-
-        def renew() -> tuple[Bitmap, str]:
-            return open_bitmap(
+        try:
+            self._bitmap, distrust = await open_bitmap(
                 self.engine,
+                self._disk,
                 Path(body["path"]),
                 UUID(body["domain"]),
                 body["size"],
                 body["session"],
-                legs,
+                [LegContent(UUID(leg["uuid"]), leg["uptodate"]) for leg in body["legs"]],
                 clean=body["clean"],
             )
-
-        try:
-            self._bitmap, distrust = await trio.to_thread.run_sync(renew)
         except OSError as error:
             raise RefusedError(
                 f"the dirty bitmap {body['path']} cannot be written: {error.strerror}"
