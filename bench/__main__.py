@@ -6,11 +6,13 @@ from pathlib import Path
 
 from rich.console import Console
 
+from bench.bitmap import bitmap
 from bench.compare import compare
 from bench.errors import BenchError
 from bench.extents import extents
 from bench.failover import Backend, failover
 from bench.grounds import tidy
+from bench.resync import resync
 from proxy.errors import InvalidError
 from proxy.sizes import parse_size
 
@@ -68,6 +70,8 @@ def _arguments() -> argparse.Namespace:
         metavar="NAME",
         help="systems and workloads by name; of a sort that is not named, all",
     )
+    command("bitmap", "What the dirty bitmap costs writes, and a crash.", rounds=3, seconds=10.0)
+    command("resync", "What a resync costs a client, and how fast it is.", rounds=5, seconds=4.0)
     failing = command("failover", "The stall of failovers on a lost connection.", rounds=30, seconds=2.0)
     failing.add_argument(
         "--backend",
@@ -87,7 +91,9 @@ def _carry_out(arguments: argparse.Namespace, console: Console) -> int:
     elif arguments.command == "failover":
         return 0 if failover(console, arguments.out, **common, backend=arguments.backend) else 1
     else:
-        extents(console, arguments.out, **common)
+        {"bitmap": bitmap, "extents": extents, "resync": resync}[arguments.command](
+            console, arguments.out, **common
+        )
     return 0
 
 

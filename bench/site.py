@@ -80,16 +80,19 @@ def is_whole(view: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def running_site(directory: Path) -> Iterator[Site]:
-    """A manager with default settings, and its domain servers, for as long as the context lasts.
+def running_site(directory: Path, settings: str = "") -> Iterator[Site]:
+    """A manager, and its domain servers, for as long as the context lasts.
 
     Args:
         directory: an empty one with a short path; its state and its sockets go there.
+        settings: lines of its config file; what they do not name has its default.
     """
     run = directory / "run"
     run.mkdir(parents=True)
     control = run / "control.sock"
-    serve = ["serve", "--state", str(directory / "state"), "--run", str(run)]
+    config = directory / "config.toml"
+    config.write_text(settings)
+    serve = ["serve", "--state", str(directory / "state"), "--run", str(run), "--config", str(config)]
     with (
         Server([sys.executable, "-m", "proxy.cli.main", *serve], control, directory) as server,
         httpx.Client(

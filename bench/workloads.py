@@ -23,12 +23,16 @@ class Pattern(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Requests of ``block_size`` bytes, ``depth`` in flight on each of ``jobs`` connections."""
+    """Requests of ``block_size`` bytes, ``depth`` in flight on each of ``jobs`` connections.
+
+    ``distribution``: where on the disk random ones go, in fio's words; empty: everywhere alike.
+    """
 
     pattern: Pattern
     block_size: int
     depth: int
     jobs: int = 1
+    distribution: str = ""
 
     @property
     def name(self) -> str:
@@ -46,6 +50,7 @@ class Workload:
             "--thread",
             "--norandommap",
             "--randrepeat=0",
+            *([f"--random_distribution={self.distribution}"] if self.distribution else []),
         ]
 
 

@@ -56,8 +56,10 @@ _SECTOR_BYTES = SECTOR - _SECTOR_HEAD.size
 _HEADER = struct.Struct("<8sII16sQQ64s")
 _NOBODY = bytes(16)
 
-#: A region is at least this large: see ``bench bitmap`` for what is traded.
-REGION_SHIFT_MIN = 18
+#: Of a region's size, as a power of 2, unless told otherwise: ``bench bitmap`` shows what is traded.
+REGION_SHIFT_DEFAULT = 18
+#: An allocation unit, so that no region is of two disks, and what even a slow disk reads in a second.
+REGION_SHIFTS = range(16, 27)
 #: Of a plane, so that what is looked through in each round stays small: 512 KiB.
 _REGIONS_MAX = 1 << 22
 
@@ -159,19 +161,27 @@ class LegContent:
 
 
 def renewed(
-    before: DirtyMap | None, domain: UUID, size: int, session: int, legs: Sequence[LegContent], *, clean: bool
+    before: DirtyMap | None,
+    domain: UUID,
+    size: int,
+    session: int,
+    legs: Sequence[LegContent],
+    *,
+    clean: bool,
+    least_shift: int = REGION_SHIFT_DEFAULT,
 ) -> DirtyMap:
     """The map that a new session begins with.
 
     Args:
-        before: the last session's, trusted; None: there is none that can be.
+        before: the last session's, trusted; None: there is none that can be. Its regions are kept.
+        least_shift: of the regions, as a power of 2; a large domain's are larger.
         legs: all of the domain.
         clean: the last session ended with every leg that took part equal to the others.
 
     Nothing is marked in its intent: what was is now in the planes. A leg of which nothing is known
     lacks everything.
     """
-    shift = region_shift(size) if before is None else before.region_shift
+    shift = region_shift(size, least_shift) if before is None else before.region_shift
     blank = bytes(plane_size(size, shift))
     groups: list[UUID | None] = [None] * (PLANES - 1)
     planes = [blank] * PLANES
@@ -187,9 +197,9 @@ def renewed(
     return DirtyMap(domain, size, shift, session, tuple(groups), tuple(planes))
 
 
-def region_shift(size: int) -> int:
+def region_shift(size: int, least_shift: int = REGION_SHIFT_DEFAULT) -> int:
     """The size of a region, as a power of 2, for a domain of ``size`` bytes."""
-    shift = REGION_SHIFT_MIN
+    shift = least_shift
     while _regions(size, shift) > _REGIONS_MAX:
         shift += 1
     return shift

@@ -116,6 +116,7 @@ async def open_bitmap(
     legs: Sequence[LegContent],
     *,
     clean: bool,
+    least_shift: int,
 ) -> tuple[Bitmap, str]:
     """Renew the file for a session and give it to the engine.
 
@@ -124,6 +125,7 @@ async def open_bitmap(
         session: the number of the last session by the store; 0: there was none.
         legs: all of the domain, as the store says.
         clean: the last session ended with every leg that took part equal to the others.
+        least_shift: of a region's size, as a power of 2, where there is no file to keep to.
 
     Returns:
         The file, and why the one before could not be relied on; empty when it could, or there was none to be.
@@ -132,7 +134,7 @@ async def open_bitmap(
         OSError: it cannot be written.
     """
     before, distrust = await _load(disk, path, domain, size, session)
-    content = renewed(before, domain, size, session + 1, legs, clean=clean)
+    content = renewed(before, domain, size, session + 1, legs, clean=clean, least_shift=least_shift)
     descriptor = await disk.replace(path, content.encode())
     engine.open_bitmap(
         descriptor,

@@ -240,6 +240,7 @@ class Server:
                 body["session"],
                 [LegContent(UUID(leg["uuid"]), leg["uptodate"]) for leg in body["legs"]],
                 clean=body["clean"],
+                least_shift=body["least_shift"],
             )
         except OSError as error:
             raise RefusedError(

@@ -50,7 +50,7 @@ from proxy.manager.legs import Leg, Legs, Numbers, evidence_of, is_evidence, is_
 from proxy.manager.link import CommandError, Link, ServerGoneError
 from proxy.manager.settings import Settings
 from proxy.model import FailoverReceipt, Group, LegState, Severity
-from proxy.sizes import MIB, format_size
+from proxy.sizes import KIB, MIB, format_size
 from proxy.store import Change as StoreChange
 from proxy.store import DiskRecord, DomainRecord, NewEvent, Store
 
@@ -207,6 +207,7 @@ class Session:
             size=domain.domain.size,
             session=domain.session,
             clean=not domain.session_open,
+            least_shift=(self._settings.bitmap_region_kib * KIB).bit_length() - 1,
             legs=[
                 {"uuid": str(groups[leg.group].uuid), "uptodate": leg.state is LegState.UPTODATE}
                 for leg in domain.record.legs

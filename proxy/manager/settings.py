@@ -4,6 +4,7 @@ import tomllib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from proxy.dirtymap import REGION_SHIFT_DEFAULT, REGION_SHIFTS
 from proxy.errors import InvalidError
 
 
@@ -20,6 +21,8 @@ class Settings:
             that such writes are done with, so they are given time to be. A server alive enough to
             accept a connection has long worked off what it had received.
         reopen_interval_s: how often a held domain tries to reach its lost devices again.
+        bitmap_region_kib: what one bit of a new dirty bitmap stands for, a power of two. Smaller, and
+            less is copied after a crash; larger, and less is marked (``bench bitmap``).
         resync_rate_mib_s: what a resync may take at most; 0: all that the devices give.
         resync_floor_mib_s: what it takes while clients are at work. The default leaves a client that
             asks for one thing at a time its latency (``bench resync``), and ends all the same.
@@ -28,6 +31,7 @@ class Settings:
     deadline_ms: int = 5000
     quarantine_s: float = 3.0
     reopen_interval_s: float = 1.0
+    bitmap_region_kib: int = 1 << REGION_SHIFT_DEFAULT >> 10
     resync_rate_mib_s: int = 0
     resync_floor_mib_s: int = 32
 
@@ -36,6 +40,7 @@ _LIMITS = {
     "deadline_ms": (10, 600_000),
     "quarantine_s": (0, 3600),
     "reopen_interval_s": (0.05, 3600),
+    "bitmap_region_kib": (1 << REGION_SHIFTS[0] >> 10, 1 << REGION_SHIFTS[-1] >> 10),
     "resync_rate_mib_s": (0, 1_000_000),
     "resync_floor_mib_s": (1, 1_000_000),
 }
@@ -65,4 +70,9 @@ def load_settings(path: Path | None) -> Settings:
             raise InvalidError(
                 f"config file {path}: {name} must be a number from {low} to {high}, not {value!r}"
             )
-    return Settings(**given)
+    settings = Settings(**given)
+    if settings.bitmap_region_kib & (settings.bitmap_region_kib - 1):
+        raise InvalidError(
+            f"config file {path}: bitmap_region_kib must be a power of two, not {settings.bitmap_region_kib}"
+        )
+    return settings
