@@ -9,6 +9,8 @@ cdef enum:
     STAGE_SECTORS = 128        # written at once
     ROUND_NS = 4000000000      # between two rounds of clearing
     DIRTY_RETRY_NS = 500000000
+    # Regions marked at once where writes seem to come one after the other, so that few of them wait.
+    MARK_AHEAD = 16
 
 cdef enum:  # RoundState
     ROUND_IDLE
@@ -37,7 +39,8 @@ cdef struct Dirty:
     # The one write under way
     bint writing
     uint64_t retry_ns          # not before
-    bint failed                # the last write did; it was reported
+    uint64_t began_ns
+    bint failed                # the last write did, or is late; it was reported
     uint32_t plane
     uint64_t first_sector
     uint64_t sector_count

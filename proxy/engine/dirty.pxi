@@ -79,12 +79,23 @@ cdef bint dirty_marked(Core *core, Request *request) noexcept nogil:
             bit_set(dirty.touched, region)
             if not bit_is(dirty.durable, region):
                 marked = False
-                if not bit_is(dirty.planes[INTENT], region):
-                    bit_set(dirty.planes[INTENT], region)
-                    dirty_stale(dirty, INTENT, region >> 6)
+                dirty_mark(dirty, region)
             region += 1
         offset = part
     return marked
+
+cdef void dirty_mark(Dirty *dirty, uint64_t region) noexcept nogil:
+    """Have a region marked, and what follows it if the one before is already."""
+    cdef uint64_t end = region + 1
+    if bit_is(dirty.planes[INTENT], region):
+        return
+    if region and bit_is(dirty.durable, region - 1):
+        end = region + MARK_AHEAD
+    while region < end and region < dirty.regions:
+        if not bit_is(dirty.planes[INTENT], region):
+            bit_set(dirty.planes[INTENT], region)
+            dirty_stale(dirty, INTENT, region >> 6)
+        region += 1
 
 cdef void dirty_await(Core *core, Request *request) noexcept nogil:
     """Let a writer wait until its regions are marked."""
@@ -133,6 +144,7 @@ cdef void dirty_write(Core *core) noexcept nogil:
     if not dirty.open or dirty.writing or core.now_ns < dirty.retry_ns or not dirty_pick(core):
         return
     dirty.writing = True
+    dirty.began_ns = core.now_ns
     for i in range(dirty.sector_count):
         number = dirty.first_sector + i
         sector = dirty.stage + i * DIRTY_SECTOR
@@ -155,6 +167,11 @@ cdef void dirty_write(Core *core) noexcept nogil:
     dirty.op.data = dirty.stage
     core.ring.submit(core.ring, &dirty.op)
 
+cdef void dirty_failed(Core *core, int32_t error) noexcept nogil:
+    if not core.dirty.failed:
+        core.dirty.failed = True
+        event_put(core, EVENT_BITMAP_FAILED, 0, 0, error, 0, 0, 0)
+
 cdef void dirty_written(Core *core, Op *op) noexcept nogil:
     cdef Dirty *dirty = &core.dirty
     cdef uint64_t first = dirty.first_sector * SECTOR_WORDS
@@ -166,10 +183,7 @@ cdef void dirty_written(Core *core, Op *op) noexcept nogil:
             dirty_stale(dirty, dirty.plane, first + i * SECTOR_WORDS)
         if op.result != -EINTR and op.result != -EAGAIN:
             dirty.retry_ns = core.now_ns + DIRTY_RETRY_NS
-            if not dirty.failed:
-                dirty.failed = True
-                event_put(core, EVENT_BITMAP_FAILED, 0, 0,
-                          <int32_t>-op.result if op.result < 0 else ENOSPC, 0, 0, 0)
+            dirty_failed(core, <int32_t>-op.result if op.result < 0 else ENOSPC)
         dirty_write(core)
         return
     if dirty.failed:
@@ -197,6 +211,8 @@ cdef void dirty_check(Core *core) noexcept nogil:
     cdef uint32_t i
     if not dirty.open or core.map == NULL:
         return
+    if dirty.writing and core.now_ns - dirty.began_ns > core.deadline_ns:
+        dirty_failed(core, ETIMEDOUT)
     dirty_write(core)
     if dirty.round == ROUND_FOLDING:
         dirty_fold_done(core)
