@@ -10,6 +10,7 @@ class DeviceObject(TypedDict):
     url: str
     size: int
     errors: NotRequired[int]
+    read_repairs: NotRequired[int]
     in_flight: NotRequired[int]
     lost: NotRequired[bool]
 

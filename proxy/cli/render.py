@@ -233,13 +233,14 @@ def _sync(leg: LegObject) -> str:
 
 def _devices_table(legs: Sequence[LegObject]) -> RenderableType:
     return _table(
-        ["DEVICES", ">DEVICE", ">SIZE", ">ERRORS", "URL"],
+        ["DEVICES", ">DEVICE", ">SIZE", ">ERRORS", ">REPAIRED", "URL"],
         [
             (
                 leg["group"],
                 device["position"],
                 format_size(device["size"]),
                 "lost" if device.get("lost") else device.get("errors", "-"),
+                device.get("read_repairs", "-"),
                 device["url"],
             )
             for leg in legs

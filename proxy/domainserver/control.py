@@ -17,6 +17,7 @@ from proxy.domainserver.legs import DeviceOrder, LegError, open_leg
 from proxy.engine import Engine, Event, EventKind, LegRole, RequestKind, Tracking
 from proxy.errors import NBD_ERROR_BY_ERRNO, RefusedError
 from proxy.extentmap import ExtentMap
+from proxy.failover import MEDIUM_ERRORS
 from proxy.wire import Decoder, Frame, WireError
 
 log = logging.getLogger("standfast.control")
@@ -58,6 +59,7 @@ class Server:
         self.engine = Engine(
             nbd_errors={number: int(value) for number, value in NBD_ERROR_BY_ERRNO.items()},
             deadline_ns=deadline_ms * 1_000_000,
+            medium_errors=MEDIUM_ERRORS,
         )
         self.doors = Doors(self.engine, domain)
         self.stopped = trio.Event()

@@ -29,6 +29,9 @@ What holds, always (the numbers are the invariants of the project)
     * An answer to a write means that every leg of its map had it; if one had not, that leg is gone
       from the map under which the write was then done again (5). A flush goes to all legs (6).
     * Nothing is written to a region before that is marked, durably, in the dirty bitmap (8).
+    * A read of the active leg that meets a medium error is done again on an uptodate backup under the same map
+      and claim; what was bad is then copied back by a request that claims it as a writer (7, 9). It is evidence
+      against the leg only where there is no such backup, or the copy fails.
     * Overlapping requests run in order of arrival, on all legs alike, and reads wait for writes, so
       legs never diverge and no read shows what a failover could take back (7). Copies claim too (9).
     * Requests and bytes per connection, the arena, and every pool are bounded (10).
@@ -42,8 +45,8 @@ Files
     ``ring.pxi`` is the submission layer, ``uring.pxi`` and ``simulator.pxi`` its two implementations;
     ``core.pxi`` all state; ``arena.pxi`` memory; ``claims.pxi``, ``extents.pxi``; ``requests.pxi``
     the life of a request; ``bitmap.pxi`` and ``dirty.pxi`` the dirty bitmap; ``stream.pxi`` sockets,
-    used by ``door.pxi`` and ``remote.pxi``; ``copier.pxi``; ``loop.pxi``; ``_engine.pyx`` the Python
-    face. They are one C unit on purpose.
+    used by ``door.pxi`` and ``remote.pxi``; ``copier.pxi``; ``repairer.pxi``; ``loop.pxi``;
+    ``_engine.pyx`` the Python face. They are one C unit on purpose.
 """
 
 from proxy.engine._engine import Engine, SimulatedEngine

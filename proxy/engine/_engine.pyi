@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from proxy.engine.types import (
     DeviceSpec,
@@ -13,7 +13,9 @@ from proxy.engine.types import (
 )
 
 class Engine:
-    def __init__(self, *, nbd_errors: dict[int, int], deadline_ns: int) -> None: ...
+    def __init__(
+        self, *, nbd_errors: dict[int, int], deadline_ns: int, medium_errors: Collection[int] = ()
+    ) -> None: ...
     def start(self) -> None: ...
     def stop(self) -> None: ...
     @property

@@ -15,6 +15,7 @@ include "file.pxi"
 include "remote.pxi"
 include "door.pxi"
 include "copier.pxi"
+include "repairer.pxi"
 include "loop.pxi"
 include "uring.pxi"
 include "simulator.pxi"
@@ -224,6 +225,8 @@ cdef class Engine:
     Args:
         nbd_errors: errno to the protocol's error value; what is missing is EIO.
         deadline_ns: how long a device may take for one operation before it is reported.
+        medium_errors: errnos of a device that is there and cannot read; with an uptodate backup such a
+            read is repaired, not reported. None: every error is reported.
     """
 
     cdef Core *core
@@ -233,7 +236,7 @@ cdef class Engine:
     cdef dict _maps            # generation -> (address of the Map, what keeps its arrays alive)
     cdef uint64_t _next_token
 
-    def __cinit__(self, *, dict nbd_errors, uint64_t deadline_ns):
+    def __cinit__(self, *, dict nbd_errors, uint64_t deadline_ns, medium_errors=()):
         cdef Core *core
         cdef uint32_t i
         self.core = core = <Core *>calloc(1, sizeof(Core))
@@ -264,6 +267,10 @@ cdef class Engine:
             core.free_subops = &core.subops[i]
         for i in range(256):
             core.nbd_errors[i] = <uint8_t>(0 if i == 0 else nbd_errors.get(i, EIO))
+        if any(not 0 < error < 256 for error in medium_errors):
+            raise ValueError("an errno is 1 to 255")
+        for i in medium_errors:
+            core.medium_errors[i] = True
         pthread_mutex_init(&core.mutex, NULL)
         pthread_cond_init(&core.mail_taken, NULL)
         # The ring waits on the first itself, so it must not be non-blocking.
@@ -763,7 +770,7 @@ cdef class Engine:
         return Statistics(
             s.reads, s.writes, s.flushes, s.trims, s.zeroes, s.read_bytes, s.written_bytes, s.errors, s.refused,
             s.waited, s.parked, s.replayed, s.late, core.connection_count, core.running, core.held,
-            core.map.generation if core.map != NULL else 0, core.arena.used_bytes)
+            core.map.generation if core.map != NULL else 0, core.arena.used_bytes, s.read_repairs)
 
     def device_statistics(self, int64_t leg_id):
         """Counters of each device of a leg, in order."""
@@ -775,7 +782,7 @@ cdef class Engine:
             d = &leg.devices[i]
             found.append(DeviceStatistics(
                 d.reads, d.writes, d.flushes, d.read_bytes, d.written_bytes, d.errors, d.in_flight, d.late,
-                d.unproven, d.latency_max_ns, d.error, d.lost))
+                d.unproven, d.latency_max_ns, d.error, d.lost, d.read_repairs))
         return found
 
 

@@ -42,6 +42,7 @@ cdef enum:
     CLIENTS_GONE_NS = 20000000 # without a request of theirs: the copy has the devices to itself
     # Between two flushes of a copy, after which what it has brought over need not be copied again.
     COPY_CHECKPOINT_BYTES = 256 << 20
+    REPAIRS_MAX = 64           # noted at once; what is beyond is met again by the next read
 
 cdef enum:  # RequestKind
     READ = 0
@@ -50,6 +51,7 @@ cdef enum:  # RequestKind
     TRIM = 4
     ZERO = 6
     COPY = 7                   # ours: from the active leg to one that is syncing
+    REPAIR = 8                 # ours: from a backup to the active leg, which could not read it
 
 cdef enum:  # RequestState
     IDLE                       # in the pool, or being received
@@ -98,6 +100,7 @@ cdef enum:  # EventKind
     EVENT_LEG_CLOSED           # leg: its descriptors are closed
     EVENT_LEG_FORGOTTEN        # leg: nothing of it is left in the engine
     EVENT_BITMAP_FAILED        # code: errno, writes wait for the dirty bitmap; 0: they do no longer
+    EVENT_READ_REPAIRED        # leg, device, code: errno of the read, a: device offset of it, b: bytes written back
 
 cdef struct Leg
 cdef struct Device
@@ -172,6 +175,8 @@ cdef struct Request:
     bint fua
     bint keep_allocated        # ZERO must not punch a hole
     bint trimming              # TRIM may have zeroed on some legs already
+    uint32_t source            # the leg of the map that it reads from
+    bint rereading             # the active leg could not read it all: once nothing is in flight, a backup is asked
     bint failed                # a leg failed it
     bint rejected              # and no leg can do better: it is not to be parked but answered
     bint claimed
@@ -261,6 +266,7 @@ cdef struct Device:
     uint64_t errors
     uint64_t late              # answers after the fence
     uint64_t unproven          # sub-operations whose fate is unknown: the stream broke
+    uint64_t read_repairs      # ranges it could not read and was given again
     uint64_t latency_max_ns
 
 cdef struct Leg:
@@ -358,6 +364,16 @@ cdef struct Copier:
     bint flushing
     int32_t error              # why it gave up; 0 while it goes on
 
+cdef struct Repair:
+    int64_t leg                # id of the active leg that could not read it
+    uint32_t device
+    int32_t error              # errno it answered with
+    uint64_t device_offset
+    uint32_t disk
+    uint64_t offset            # in whole claim blocks
+    uint64_t end
+    uint64_t cursor            # written back up to here
+
 cdef struct EventRecord:
     uint32_t kind
     int32_t code
@@ -381,6 +397,7 @@ cdef struct Counters:
     uint64_t parked
     uint64_t replayed
     uint64_t late              # answers of fenced legs, dropped
+    uint64_t read_repairs
 
 cdef struct Core:
     Ring *ring
@@ -391,6 +408,7 @@ cdef struct Core:
     uint64_t tick_ns
     uint64_t deadline_ns
     uint8_t nbd_errors[256]    # proxy.errors.NBD_ERROR_BY_ERRNO
+    bint medium_errors[256]    # those of proxy.failover.MEDIUM_ERRORS
     Map *map
     bint held
     uint64_t holds             # how often it was told to hold: DRAINED says of which
@@ -435,6 +453,10 @@ cdef struct Core:
     Connection *closed_connections
     Leg legs[LEG_SLOTS]
     Copier copiers[LEG_SLOTS]     # one for each leg, so that there always is one
+    Repair repairs[REPAIRS_MAX]
+    uint32_t repair_first
+    uint32_t repair_count
+    bint repairing             # a step of the first one is under way
     Connection *connections[CONNECTIONS_MAX]
     uint32_t connection_count
     uint32_t request_share     # what one connection may have in flight as things are

@@ -23,6 +23,14 @@ cdef void event_put(Core *core, uint32_t kind, int64_t leg, uint32_t device, int
     if first:
         write(core.event_fd, &one, sizeof(one))
 
+cdef bint event_room(Core *core) noexcept nogil:
+    """Whether there is room for an event of which there may be any number."""
+    cdef bint room
+    pthread_mutex_lock(&core.mutex)
+    room = core.event_count < EVENTS_MAX // 2
+    pthread_mutex_unlock(&core.mutex)
+    return room
+
 cdef bint mail(Core *core, mail_t function, void *arguments) noexcept nogil:
     """Have ``function`` carried out by the data thread, and wait for it; False: that is not running.
 
@@ -76,6 +84,7 @@ cdef void settle_all(Core *core) noexcept nogil:
     while True:
         settle(core)
         copiers_pump(core)
+        repairs_pump(core)
         send_all(core)
         if connections_resume(core):
             continue

@@ -44,7 +44,8 @@ cdef void admit(Core *core, Request *request) noexcept nogil:
         core.client_ns = core.now_ns
     request.claim_offset = request.offset & ~<uint64_t>(CLAIM_BLOCK - 1)
     request.claim_end = (request.offset + request.length + CLAIM_BLOCK - 1) & ~<uint64_t>(CLAIM_BLOCK - 1)
-    request.exclusive = request.kind == WRITE or request.kind == ZERO or request.kind == TRIM
+    request.exclusive = (request.kind == WRITE or request.kind == ZERO or request.kind == TRIM
+                         or request.kind == REPAIR)
     if core.held:
         request.state = HELD
         mark_replayed(core, request)
@@ -75,8 +76,10 @@ cdef void start(Core *core, Request *request) noexcept nogil:
     core.running += 1
     request.failed = False
     request.rejected = False
+    request.rereading = False
     request.error = 0
     request.map = map
+    request.source = map.active
     map.references += 1
     if request.kind == FLUSH:
         enter(core, request, FLUSHING)
@@ -109,6 +112,12 @@ cdef void start(Core *core, Request *request) noexcept nogil:
             return
         request.trimming = True
         enter(core, request, ZEROING)
+    elif request.kind == REPAIR:
+        if not repair_holds(map, &core.repairs[core.repair_first]):
+            finish(core, request, ECANCELED)
+            return
+        request.source = <uint32_t>repair_source(map)
+        enter(core, request, READING)
     elif request.kind == READ or request.kind == COPY:
         enter(core, request, READING)
     elif request.offset != request.span_offset or end != request.span_end:
@@ -127,6 +136,9 @@ cdef void enter(Core *core, Request *request, uint8_t phase) noexcept nogil:
     for i in range(map.leg_count):
         request.cursors[i] = 0 if phase == FLUSHING else request.span_offset
         if phase == READING or phase == READING_EDGES:
+            if i == request.source:
+                request.legs = 1 << i
+        elif request.kind == REPAIR:
             if i == map.active:
                 request.legs = 1 << i
         elif request.kind != COPY or map.legs[i] == request.copier.leg:
@@ -154,8 +166,9 @@ cdef bint next_phase(Core *core, Request *request) noexcept nogil:
     if request.phase == READING:
         if request.kind == READ:
             return False
-        if sf_all_zero(request.buffer, request.length) and map.can_zero:
-            enter(core, request, ZEROING)  # what is sparse stays sparse
+        # What is sparse stays sparse; but only a write has a device replace a bad block.
+        if request.kind == COPY and map.can_zero and sf_all_zero(request.buffer, request.length):
+            enter(core, request, ZEROING)
         else:
             enter(core, request, WRITING)
         return True
@@ -207,14 +220,14 @@ cdef void merge_edges(Request *request) noexcept nogil:
 cdef void advance(Core *core, Request *request) noexcept nogil:
     """Issue what its phase has left; when all is done go on, park or finish."""
     while True:
-        if not request.failed:
+        if not request.failed and not request.rereading:
             if request.phase == FLUSHING:
                 issue_flushes(core, request)
             elif request.phase == READING_EDGES or request.phase == WRITING_EDGES:
                 issue_edges(core, request)
             else:
                 issue_span(core, request)
-        if request.failed and request.starved:
+        if (request.failed or request.rereading) and request.starved:
             request.starved = False
             list_remove(&core.starved, request)
         if request.outstanding or request.starved:
@@ -225,6 +238,11 @@ cdef void advance(Core *core, Request *request) noexcept nogil:
             else:
                 park(core, request)
             return
+        if request.rereading:
+            if not reread(core, request):
+                park(core, request)  # the backup is on its way out of the map; the next one decides
+                return
+            continue
         if not next_phase(core, request):
             finish(core, request, 0)
             return
@@ -233,7 +251,7 @@ cdef void advance(Core *core, Request *request) noexcept nogil:
 
 cdef bint issue_more(Core *core, Request *request, Leg *leg) noexcept nogil:
     """Whether one more sub-operation may be issued now. If only a slot is missing, it is remembered."""
-    if request.failed or request.outstanding >= SUBOPS_PER_REQUEST:
+    if request.failed or request.rereading or request.outstanding >= SUBOPS_PER_REQUEST:
         return False
     if leg.fenced or (leg.in_flight < SUBOPS_PER_LEG and core.free_subops != NULL):
         return True
@@ -357,6 +375,7 @@ cdef void subop_end(Core *core, SubOp *sub, int32_t error) noexcept nogil:
     cdef Request *request = sub.request
     cdef Device *device = sub.device
     cdef uint64_t latency = core.now_ns - sub.started_ns
+    cdef bint rereads
     if sub.older == NULL:
         device.oldest = sub.newer
     else:
@@ -379,6 +398,9 @@ cdef void subop_end(Core *core, SubOp *sub, int32_t error) noexcept nogil:
         device.written_bytes += sub.length
     if sub.buffer != NULL:
         arena_release(&core.arena, sub.buffer)
+    rereads = error != 0 and request != NULL and may_reread(core, sub, error)
+    if rereads:
+        repair_note(core, sub, error)
     sub.request = NULL
     sub.in_flight = False
     sub.next = core.free_subops
@@ -391,12 +413,15 @@ cdef void subop_end(Core *core, SubOp *sub, int32_t error) noexcept nogil:
         leg_check_closed(core, device.leg)
         return
     request.outstanding -= 1
-    if error:
+    if error and not device.leg.fenced:
+        device.errors += 1
+        device.error = error
+    if rereads:
+        request.rereading = True
+        request.error = error
+    elif error:
         request.failed = True
         request.error = error
-        if not device.leg.fenced:
-            device.errors += 1
-            device.error = error
         if not device.reported and not device.leg.fenced:
             device.reported = True
             event_put(core, EVENT_DEVICE_ERROR, device.leg.id, device.index, error, request.map.generation,
@@ -450,6 +475,8 @@ cdef void answer(Core *core, Request *request) noexcept nogil:
         error = request.error
         request_free(core, request)
         dirty_flushed(core, error)
+    elif request.kind == REPAIR:
+        repair_done(core, request)
     else:
         event_put(core, EVENT_DONE, 0, 0, request.error, 0, request.token, 0)
         request_free(core, request)

@@ -45,6 +45,7 @@ class EventKind(IntEnum):
     LEG_CLOSED = 11  # leg; its descriptors are closed
     LEG_FORGOTTEN = 12  # leg; its id is free again
     BITMAP_FAILED = 13  # code: errno, new regions cannot be written to; 0: they can again
+    READ_REPAIRED = 14  # leg, device, code: errno, generation, a: device offset, b: bytes put back
 
 
 class Event(NamedTuple):
@@ -116,6 +117,7 @@ class DeviceStatistics(NamedTuple):
     latency_max_ns: int
     error_number: int
     lost: bool
+    read_repairs: int
 
 
 class Statistics(NamedTuple):
@@ -139,6 +141,7 @@ class Statistics(NamedTuple):
     held: bool
     generation: int
     memory_bytes: int
+    read_repairs: int
 
 
 class PendingOp(NamedTuple):

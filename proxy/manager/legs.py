@@ -2,8 +2,9 @@
 
 import math
 import os
+from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import trio
@@ -30,6 +31,7 @@ class Leg:
     """A leg opened in the domain server; ``number`` is its id there.
 
     ``fresh_at``: when it was opened again after a loss, on trio's clock; None once it is in use.
+    ``repaired_at``: when reads of it were repaired, on the same clock, as far back as counts.
     """
 
     group: Group
@@ -39,6 +41,7 @@ class Leg:
     copied: bool = False
     copied_bytes: int = 0
     closing: bool = False
+    repaired_at: deque[float] = field(default_factory=deque)
 
 
 class Numbers:

@@ -9,6 +9,7 @@ from proxy.failover import Transition
 from proxy.label import label_of
 from proxy.manager.maps import device_ranges
 from proxy.model import Group, LegState, Severity
+from proxy.sizes import format_size
 from proxy.store import NewEvent
 
 
@@ -22,6 +23,15 @@ def device_orders(group: Group, runs: Sequence[Run]) -> list[dict[str, Any]]:
         }
         for device, ranges in zip(group.devices, device_ranges(group, runs), strict=True)
     ]
+
+
+def read_repaired(domain: str, device: str, cause: str, offset: int, length: int) -> NewEvent:
+    """A read that a device could not do was answered from a backup; offset and length in bytes of the device."""
+    message = (
+        f"domain {domain}: {device} could not read at offset {offset} ({cause}); a backup answered, and "
+        f"{format_size(length)} were written back"
+    )
+    return NewEvent(Severity.WARNING, "read-repaired", message, domain)
 
 
 def transition_events(domain: str, transition: Transition) -> list[NewEvent]:

@@ -362,6 +362,9 @@ class Session:
                 leg.copying, leg.copied, leg.copied_bytes = False, event["code"] == 0, event["a"]
         elif kind == "BITMAP_FAILED":
             self._tell_bitmap(event["code"])
+        elif kind == "READ_REPAIRED":
+            if leg is not None:
+                await self._take_repair(leg, event)
         elif kind == "REPLAYED":
             self._settle_failover(event["a"], event["b"])
         elif kind == "ZEROED" and event["disk"] in self._zeroing:
@@ -388,6 +391,28 @@ class Session:
             self.tell(
                 Severity.INFO, "bitmap-back", f"domain {self.name}: the dirty bitmap can be written again"
             )
+
+    async def _take_repair(self, leg: Leg, event: dict[str, Any]) -> None:
+        """A read that a leg could not do was answered from a backup; too many of them fail the leg."""
+        device = leg.group.devices[event["device"]].url
+        cause = os.strerror(event["code"])
+        self._record_event(messages.read_repaired(self.name, device, cause, event["a"], event["b"]))
+        now = trio.current_time()
+        window_s = self._settings.read_repairs_window_s
+        leg.repaired_at.append(now)
+        while leg.repaired_at[0] < now - window_s:
+            leg.repaired_at.popleft()
+        # As long as there is no other leg to go to, this one is the best there is.
+        if (
+            len(leg.repaired_at) > self._settings.read_repairs_max
+            and self.machine.phase is Phase.SERVING
+            and leg.group.name == self.machine.record.active
+            and self.machine.successor() is not None
+        ):
+            detail = f"{len(leg.repaired_at)} reads had to be repaired within {window_s:g} s"
+            leg.repaired_at.clear()
+            evidence = Evidence(EvidenceKind.ERROR, device, event["code"], detail)
+            await self._feed(LegLost(leg.group.name, evidence))
 
     def _settle_failover(self, replayed: int, longest_ns: int) -> None:
         if self._unsettled is None:
@@ -655,9 +680,12 @@ class Session:
 
     def tell(self, severity: Severity, kind: str, message: str) -> None:
         """Record an event that goes with no other change; a full disk must not stop anything here."""
-        log.info("%s", message)
+        self._record_event(NewEvent(severity, kind, message, self.name))
+
+    def _record_event(self, event: NewEvent) -> None:
+        log.info("%s", event.message)
         try:
-            self.store.add_events([NewEvent(severity, kind, message, self.name)], time.time())
+            self.store.add_events([event], time.time())
         except StoreError as error:
             log.warning("event not recorded: %s", error)
 

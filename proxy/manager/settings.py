@@ -10,7 +10,7 @@ from proxy.errors import InvalidError
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Times, each with the reason for its default.
+    """Times and numbers, each with the reason for its default.
 
     Attributes:
         deadline_ms: how long a device may take for one operation before it counts as failed. A
@@ -26,6 +26,10 @@ class Settings:
         resync_rate_mib_s: what a resync may take at most; 0: all that the devices give.
         resync_floor_mib_s: what it takes while clients are at work. The default leaves a client that
             asks for one thing at a time its latency (``bench resync``), and ends all the same.
+        read_repairs_max: so many reads that a leg could not do are repaired from a backup within
+            ``read_repairs_window_s``; with one more the leg counts as failed. A disk replaces a bad
+            block now and then and lives on; one that goes on doing so is dying. 0: the first fails it.
+        read_repairs_window_s: see above.
     """
 
     deadline_ms: int = 5000
@@ -34,6 +38,8 @@ class Settings:
     bitmap_region_kib: int = 1 << REGION_SHIFT_DEFAULT >> 10
     resync_rate_mib_s: int = 0
     resync_floor_mib_s: int = 32
+    read_repairs_max: int = 16
+    read_repairs_window_s: float = 3600.0
 
 
 _LIMITS = {
@@ -43,6 +49,8 @@ _LIMITS = {
     "bitmap_region_kib": (1 << REGION_SHIFTS[0] >> 10, 1 << REGION_SHIFTS[-1] >> 10),
     "resync_rate_mib_s": (0, 1_000_000),
     "resync_floor_mib_s": (1, 1_000_000),
+    "read_repairs_max": (0, 1000),
+    "read_repairs_window_s": (1, 30 * 86_400),
 }
 
 

@@ -39,6 +39,7 @@ class Site:
         self.run = self.directory / "run"
         self.state = state or self.directory / "state"
         self.devices: dict[str, subprocess.Popen[bytes]] = {}
+        self.filters: dict[str, list[str]] = {}  # arguments of nbdkit, by device
         self.manager: subprocess.Popen[bytes] | None = None
         (self.directory / "config.toml").write_text(settings)
         transport = httpx.AsyncHTTPTransport(uds=str(self.run / "control.sock"))
@@ -91,7 +92,7 @@ class Site:
         socket = self.directory / f"{name}.sock"
         socket.unlink(missing_ok=True)
         commands = {
-            "nbdkit": ["nbdkit", "-f", "-U", str(socket), "file", str(image)],
+            "nbdkit": ["nbdkit", "-f", "-U", str(socket), "file", str(image), *self.filters.get(name, [])],
             "qemu-nbd": ["qemu-nbd", "-t", "-e", "8", "-f", "raw", "-k", str(socket), str(image)],
         }
         self.devices[name] = subprocess.Popen(
@@ -104,6 +105,13 @@ class Site:
                     return f"nbd+unix:///?socket={socket}"
                 except OSError:
                     await trio.sleep(0.01)
+
+    def fail_reads(self, name: str) -> Path:
+        """Have a device, not started yet, fail every read for as long as the file that is returned exists."""
+        trigger = self.directory / f"{name}.bad"
+        self.filters[name] = ["--filter=error", "error-pread=EIO", "error-pread-rate=100%"]
+        self.filters[name].append(f"error-pread-file={trigger}")
+        return trigger
 
     def kill_device(self, name: str) -> None:
         """End a device as a crash would."""

@@ -9,9 +9,10 @@ What is simulated
       striped, with blocks of 512 or 4096 bytes, of different capabilities and speeds (``world.py``).
     * *Devices* (``devices.py``, ``medium.py``) that are files or NBD servers, mixed. They keep what was written
       and what of it is durable. An operation lands at one moment or in two pieces at two, and is answered later;
-      it may be slow, short, interrupted, unsupported, or fail having done nothing, part or all of it. A device
-      may stall as a stopped process does and go on later, be out of reach, break its connections, and break the
-      protocol. What it was asked for may then die, or land long after nobody waits for it any more.
+      it may be slow, short, interrupted, unsupported, or fail having done nothing, part or all of it; a read may
+      meet a bad block. A device may stall as a stopped process does and go on later, be out of reach, break its
+      connections, and break the protocol. What it was asked for may then die, or land long after nobody waits
+      for it any more.
     * *Clients* (``clients.py``): one to three, up to sixteen requests in flight each: READ, WRITE, WRITE_ZEROES,
       TRIM, FLUSH, with and without FUA, at odd offsets and of odd lengths, long and short, on few sectors
       so that they meet. Bytes go both ways in pieces. They disconnect, half-close, vanish, and come back.
@@ -37,7 +38,7 @@ What is checked
     * a leg that the store comes to call up to date has all that was ever acknowledged or flushed.
     From what is sent where and when:
     * no byte goes to a leg once it is fenced, or to one that takes no part by the store; reads go to the active
-      leg only;
+      leg, and to an up-to-date backup only once another leg has answered with an error;
     * between the decision of a failover and its durable record nothing is acknowledged;
     * a leg is said to be drained, with nothing unproven, only when nothing can land on it any more;
     * a client is told of an error only when no leg could do better.

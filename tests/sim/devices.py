@@ -26,6 +26,7 @@ class Faults:
     """How often what goes wrong with one operation of a device, in this simulation."""
 
     error: float = 0.0
+    unreadable: float = 0.0  # a read that meets a bad block
     short: float = 0.0
     interrupted: float = 0.0
     torn: float = 0.0
@@ -174,6 +175,8 @@ class Device:
             error = random.choice((errno.EIO, errno.ENODEV, errno.ENXIO))
         elif self.agenda.now_ns < self._well_ns and job.kind is JobKind.WRITE and self.agenda.chance(0.3):
             error = errno.EIO
+        elif job.kind is JobKind.READ and self.agenda.chance(self.faults.unreadable):
+            error = random.choice((errno.EIO, errno.EILSEQ, errno.ENODATA))
         elif self.agenda.chance(self.faults.error):
             error = random.choice((errno.EIO, errno.EIO, errno.ENOSPC))
         pieces = [(0, job.length)]

@@ -112,6 +112,7 @@ class Leg:
     copying: bool = False
     copied: bool = False
     closing: bool = False
+    read_repairs: int = 0
 
 
 class Manager:
@@ -157,6 +158,7 @@ class Manager:
         self._effects: deque[Effect] = deque()
         self._busy = False
         self._hold_number = -1
+        self._read_repairs_max = agenda.random.choice((0, 2, 16))
         self._patient = agenda.chance(0.5)  # takes no word while it has something to carry out
 
     # --- The beginning and the end ----------------------------------------------------------------
@@ -312,6 +314,8 @@ class Manager:
             self._drained(event.leg, event.a)
         elif event.kind is EventKind.LEG_CLOSED:
             self._leaving.pop(event.leg, None)
+        elif event.kind is EventKind.READ_REPAIRED and leg is not None:
+            self._take_repair(leg, event.code)
         elif event.kind is EventKind.COPIED and leg is not None:
             leg.copying, leg.copied = False, event.code == 0
 
@@ -322,6 +326,13 @@ class Manager:
             self._discard(leg)
         else:
             self._give(LegLost(name, evidence))
+
+    def _take_repair(self, leg: Leg, error: int) -> None:
+        leg.read_repairs += 1
+        if leg.read_repairs > self._read_repairs_max and self.machine.successor() is not None:
+            leg.read_repairs = 0
+            self.agenda.count("repaired too often")
+            self._give(LegLost(leg.group.name, Evidence(EvidenceKind.ERROR, leg.group.name, error)))
 
     # --- Legs -------------------------------------------------------------------------------------
 

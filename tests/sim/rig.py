@@ -26,6 +26,7 @@ from proxy.engine import (
 )
 from proxy.errors import NBD_ERROR_BY_ERRNO
 from proxy.extentmap import ExtentMap, Range, Run
+from proxy.failover import MEDIUM_ERRORS
 from tests.sim.medium import Medium
 from tests.sim.wire import Command, Flag, Reply, ReplyReader, Request, RequestReader
 
@@ -36,8 +37,10 @@ DEADLINE_NS = 1_000_000_000
 
 
 def new_engine() -> SimulatedEngine:
-    """An engine with the real table of errors and a deadline of ``DEADLINE_NS``."""
-    return SimulatedEngine(nbd_errors=dict(NBD_ERROR_BY_ERRNO), deadline_ns=DEADLINE_NS)
+    """An engine with the real tables of errors and a deadline of ``DEADLINE_NS``."""
+    return SimulatedEngine(
+        nbd_errors=dict(NBD_ERROR_BY_ERRNO), deadline_ns=DEADLINE_NS, medium_errors=MEDIUM_ERRORS
+    )
 
 
 def new_descriptor() -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from proxy.engine import Event, EventKind, LegRole, OpKind, SimulatedEngine
 from proxy.errors import NBD_ERROR_BY_ERRNO
 from proxy.extentmap import ExtentMap, Range
-from proxy.failover import Evidence, EvidenceKind, Record
+from proxy.failover import MEDIUM_ERRORS, Evidence, EvidenceKind, Record
 from proxy.model import LegState
 from tests.sim.agenda import MILLISECOND_NS, Agenda
 from tests.sim.clients import Client, ClientStream
@@ -101,7 +101,9 @@ class Server:
         self, agenda: Agenda, *, tell: Callable[[Event], None], record: Callable[[], Record]
     ) -> None:
         self.agenda = agenda
-        self.engine = SimulatedEngine(nbd_errors=dict(NBD_ERROR_BY_ERRNO), deadline_ns=DEADLINE_NS)
+        self.engine = SimulatedEngine(
+            nbd_errors=dict(NBD_ERROR_BY_ERRNO), deadline_ns=DEADLINE_NS, medium_errors=MEDIUM_ERRORS
+        )
         self.engine.now_ns = agenda.now_ns
         self.legs: dict[int, LegNote] = {}
         self.held = True
@@ -152,8 +154,16 @@ class Server:
     def check_read(self, name: str) -> None:
         """Raise Violation unless reads from this group are allowed."""
         record = self._record()
-        if name != record.active or record.leg(name).state is not LegState.UPTODATE:
-            raise Violation(f"a read goes to group {name}; active is {record.active}")
+        if record.leg(name).state is not LegState.UPTODATE:
+            raise Violation(f"a read goes to group {name}, which is {record.leg(name).state}")
+        if name != record.active:
+            # A backup stands in for the active leg only where that has answered with an error.
+            if not any(self._errors(leg_id) for leg_id, note in self.legs.items() if note.group.name != name):
+                raise Violation(f"a read goes to group {name}; active is {record.active}")
+            self.agenda.count("reads from a backup")
+
+    def _errors(self, leg_id: int) -> int:
+        return sum(device.errors for device in self.engine.device_statistics(leg_id))
 
     def take_events(self) -> None:
         """Take in what the engine has told, and pass it on."""
@@ -286,7 +296,18 @@ class Server:
     def count(self) -> None:
         """Add this engine's counters to those of the simulation."""
         statistics = self.engine.statistics()
-        for name in ("parked", "waited", "late", "writes", "reads", "flushes", "zeroes", "trims", "errors"):
+        for name in (
+            "parked",
+            "waited",
+            "late",
+            "writes",
+            "reads",
+            "flushes",
+            "zeroes",
+            "trims",
+            "errors",
+            "read_repairs",
+        ):
             self.agenda.count(name, getattr(statistics, name))
 
     def dispose(self) -> None:

@@ -72,6 +72,7 @@ class World:
         random = agenda.random
         faults = Faults(
             error=random.choice((0.0, 0.0, 0.003, 0.02)),
+            unreadable=random.choice((0.0, 0.0, 0.02, 0.2)),
             short=random.choice((0.0, 0.1)),
             interrupted=random.choice((0.0, 0.03)),
             torn=random.choice((0.0, 0.3)),

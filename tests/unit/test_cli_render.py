@@ -125,7 +125,7 @@ def test_domain_page_shows_the_first_extents_and_counts_the_others() -> None:
 def test_domain_page_of_a_leg_that_is_not_open_has_no_error_counts() -> None:
     device = {"position": 0, "url": "file:///a", "size": 1 << 20}
     page = lines(render.domain_page(domain(leg("alpha", "active", devices=[device]))))
-    assert ["alpha", "0", "1M", "-", "file:///a"] in [line.split() for line in page]
+    assert ["alpha", "0", "1M", "-", "-", "file:///a"] in [line.split() for line in page]
 
 
 def test_domains_table_shows_every_backup_with_its_state() -> None:

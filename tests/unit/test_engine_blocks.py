@@ -1,5 +1,7 @@
 """Requests that are not made of whole blocks: read, change, write, and never touch a neighbour."""
 
+import errno
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -142,7 +144,7 @@ def test_edge_that_fails_parks_the_write_and_touches_nothing() -> None:
     (client,) = rig.clients
     cookie = client.write(100, pattern(50, 7))
     rig.pump()
-    rig.fail(rig.file_ops(1)[0])
+    rig.fail(rig.file_ops(1)[0], errno.ENODEV)
     rig.pump()
     assert rig.file_ops() == []
     rig.engine.hold()

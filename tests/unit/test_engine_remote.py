@@ -151,10 +151,10 @@ def test_error_reply_is_a_device_error_and_the_stream_goes_on() -> None:
     (client,) = rig.clients
     failing, good = client.read(0, 4 * KIB), client.read(8 * KIB, 4 * KIB)
     rig.pump()
-    server.answer(server.commands[0], errno.EIO)
+    server.answer(server.commands[0], errno.ENODEV)
     rig.run()
     (event,) = rig.take_events(EventKind.DEVICE_ERROR)
-    assert (event.leg, event.code, event.b) == (1, errno.EIO, DEVICE_BASE)
+    assert (event.leg, event.code, event.b) == (1, errno.ENODEV, DEVICE_BASE)
     assert client.error(good) == 0
     failover(rig)
     rig.run()
@@ -164,7 +164,7 @@ def test_error_reply_is_a_device_error_and_the_stream_goes_on() -> None:
 def test_error_that_is_no_errno_is_eio() -> None:
     rig, server = rig_of_two()
     (client,) = rig.clients
-    client.read(0, 4 * KIB)
+    client.write(0, pattern(4 * KIB))
     rig.pump()
     server.answer(server.commands[0], 0xDEADBEEF)
     rig.pump()

@@ -28,6 +28,8 @@ def test_settings_given_are_taken_and_the_rest_default(tmp_path: Path) -> None:
         ("deadline_ms = '5'", "from 10 to"),
         ("quarantine_s = -1", "from 0 to"),
         ("[deadline_ms]\na = 1", "from 10 to"),
+        ("read_repairs_max = -1", "from 0 to"),
+        ("read_repairs_window_s = 0", "from 1 to"),
         ("patience = 5", "unknown setting patience"),
     ],
 )
