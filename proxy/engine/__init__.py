@@ -33,7 +33,8 @@ What holds, always (the numbers are the invariants of the project)
       and claim; what was bad is then copied back by a request that claims it as a writer (7, 9). It is evidence
       against the leg only where there is no such backup, or the copy fails.
     * Overlapping requests run in order of arrival, on all legs alike, and reads wait for writes, so
-      legs never diverge and no read shows what a failover could take back (7). Copies claim too (9).
+      legs never diverge and no read shows what a failover could take back (7). Copies and verifies
+      claim too (9).
     * Requests and bytes per connection, the arena, and every pool are bounded (10).
 
 Who owns what
@@ -45,8 +46,9 @@ Files
     ``ring.pxi`` is the submission layer, ``uring.pxi`` and ``simulator.pxi`` its two implementations;
     ``core.pxi`` all state; ``arena.pxi`` memory; ``claims.pxi``, ``extents.pxi``; ``requests.pxi``
     the life of a request; ``bitmap.pxi`` and ``dirty.pxi`` the dirty bitmap; ``stream.pxi`` sockets,
-    used by ``door.pxi`` and ``remote.pxi``; ``copier.pxi``; ``repairer.pxi``; ``loop.pxi``;
-    ``_engine.pyx`` the Python face. They are one C unit on purpose.
+    used by ``door.pxi`` and ``remote.pxi``; ``copier.pxi``, ``repairer.pxi`` and
+    ``verifier.pxi`` what the engine does of its own accord; ``loop.pxi``; ``_engine.pyx`` the Python
+    face. They are one C unit on purpose.
 """
 
 from proxy.engine._engine import Engine, SimulatedEngine
@@ -57,11 +59,13 @@ from proxy.engine.types import (
     Event,
     EventKind,
     LegRole,
+    Mismatch,
     OpKind,
     PendingOp,
     RequestKind,
     Statistics,
     Tracking,
+    VerifyReport,
 )
 
 __all__ = [
@@ -72,10 +76,12 @@ __all__ = [
     "Event",
     "EventKind",
     "LegRole",
+    "Mismatch",
     "OpKind",
     "PendingOp",
     "RequestKind",
     "SimulatedEngine",
     "Statistics",
     "Tracking",
+    "VerifyReport",
 ]

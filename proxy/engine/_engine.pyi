@@ -10,6 +10,7 @@ from proxy.engine.types import (
     RequestKind,
     Statistics,
     Tracking,
+    VerifyReport,
 )
 
 class Engine:
@@ -32,6 +33,11 @@ class Engine:
     def fill_plane(self, plane: int) -> None: ...
     def dirty_bytes(self, plane: int, *, away: bool) -> int: ...
     def copy_progress(self, leg_id: int) -> tuple[int, int] | None: ...
+    def verify(
+        self, ranges: Sequence[tuple[int, int, int]], *, rate: int = 0, repair: bool = False
+    ) -> None: ...
+    def stop_verify(self) -> None: ...
+    def verify_report(self) -> VerifyReport | None: ...
     def install(
         self,
         generation: int,

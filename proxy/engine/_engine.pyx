@@ -16,6 +16,7 @@ include "remote.pxi"
 include "door.pxi"
 include "copier.pxi"
 include "repairer.pxi"
+include "verifier.pxi"
 include "loop.pxi"
 include "uring.pxi"
 include "simulator.pxi"
@@ -26,8 +27,8 @@ import threading
 cimport cython
 
 from proxy.engine.types import (
-    DeviceStatistics, Event, EventKind, LegRole, OpKind, PendingOp,
-    RequestKind, Statistics,
+    DeviceStatistics, Event, EventKind, LegRole, Mismatch as MismatchReport, OpKind, PendingOp,
+    RequestKind, Statistics, VerifyReport,
 )
 
 cdef struct AddLegMail:
@@ -38,6 +39,13 @@ cdef struct LegMail:
     int64_t id
     uint32_t range_count
     CopyRange *ranges
+    int32_t error
+
+cdef struct VerifyMail:
+    uint32_t range_count
+    CopyRange *ranges
+    uint64_t rate
+    bint repair
     int32_t error
 
 cdef struct RequestMail:
@@ -117,6 +125,20 @@ cdef void mail_fill_plane(Core *core, void *arguments) noexcept nogil:
 cdef void mail_pace(Core *core, void *arguments) noexcept nogil:
     core.copy_rate = (<PaceMail *>arguments).rate
     core.copy_floor = (<PaceMail *>arguments).floor
+
+cdef void mail_verify(Core *core, void *arguments) noexcept nogil:
+    cdef VerifyMail *request = <VerifyMail *>arguments
+    cdef CopyRange *before = core.verifier.ranges
+    request.error = verifier_start(core, request.ranges, request.range_count, request.rate, request.repair)
+    if not request.error:
+        request.ranges = before  # the control thread frees what it gets back
+
+cdef void mail_stop_verify(Core *core, void *arguments) noexcept nogil:
+    if core.verifier.in_use and not core.verifier.error:
+        core.verifier.error = ECANCELED
+
+cdef void mail_verify_report(Core *core, void *arguments) noexcept nogil:
+    memcpy(arguments, &core.verifier, sizeof(Verifier))
 
 cdef void mail_hold(Core *core, void *arguments) noexcept nogil:
     hold(core)
@@ -213,6 +235,15 @@ cdef int table_fill(LegTable *table, extent_map, list kept) except -1:
     table.device_offsets = &device_offsets[0]
     return 0
 
+cdef int fill_ranges(CopyRange *to, ranges) except -1:
+    for i, (disk, offset, length) in enumerate(ranges):
+        if length <= 0 or offset < 0 or (offset | length) % CLAIM_BLOCK:
+            raise ValueError(f"range {offset}+{length} is not made of whole blocks")
+        to[<size_t>i].disk = disk
+        to[<size_t>i].offset = offset
+        to[<size_t>i].length = length
+    return 0
+
 cdef void map_free(Map *map) noexcept:
     free(map.disks)
     free(map)
@@ -303,6 +334,7 @@ cdef class Engine:
             munmap(core.zeroes, ZERO_FILL_BYTES)
         bitmap_free(&core.dirty)
         arena_close(&core.arena)
+        free(core.verifier.ranges)
         free(core.requests)
         free(core.subops)
         pthread_cond_destroy(&core.mail_taken)
@@ -468,12 +500,7 @@ cdef class Engine:
         if request.ranges == NULL:
             raise MemoryError
         try:
-            for i, (disk, offset, length) in enumerate(ranges):
-                if length <= 0 or offset < 0 or (offset | length) % CLAIM_BLOCK:
-                    raise ValueError(f"range {offset}+{length} is not made of whole blocks")
-                request.ranges[i].disk = disk
-                request.ranges[i].offset = offset
-                request.ranges[i].length = length
+            fill_ranges(request.ranges, ranges)
             self._mail(mail_copy, &request)
         finally:
             free(request.ranges)
@@ -568,6 +595,60 @@ cdef class Engine:
             with nogil:  # whoever frees maps is in this thread
                 count = dirty_bytes(&core.dirty, core.map, plane, away)
         return count
+
+    # --- Verify ----------------------------------------------------------------------------------
+
+    def verify(self, ranges, *, uint64_t rate=0, bint repair=False):
+        """Begin to compare all backups with the active leg, byte by byte; VERIFIED tells the end.
+
+        Args:
+            ranges: (disk number, offset, length in bytes), in whole blocks.
+            rate: bytes of the active leg a second; 0: as fast as the devices can, but while clients are at
+                work no faster than copies then are (``pace_copies``).
+            repair: write what differs from the active leg to the backup.
+
+        Raises:
+            OSError: EBUSY, one is under way; EINVAL, there is no uptodate backup.
+        """
+        cdef VerifyMail request
+        cdef uint32_t i
+        memset(&request, 0, sizeof(request))
+        request.rate = rate
+        request.repair = repair
+        request.range_count = <uint32_t>len(ranges)
+        request.ranges = <CopyRange *>calloc(len(ranges) or 1, sizeof(CopyRange))
+        if request.ranges == NULL:
+            raise MemoryError
+        try:
+            fill_ranges(request.ranges, ranges)
+            self._mail(mail_verify, &request)
+        finally:
+            free(request.ranges)
+        if request.error:
+            raise OSError(request.error, os.strerror(request.error))
+
+    def stop_verify(self):
+        """Give up the verify under way, if there is one; VERIFIED tells when it is over."""
+        self._mail(mail_stop_verify, NULL)
+
+    def verify_report(self):
+        """How far the verify under way has come, or what the last one found; None when there was none."""
+        cdef Verifier *v = <Verifier *>malloc(sizeof(Verifier))
+        cdef uint32_t i
+        if v == NULL:
+            raise MemoryError
+        try:
+            self._mail(mail_verify_report, v)
+            if not v.begun:
+                return None
+            found = sorted(
+                MismatchReport(v.found[i].leg, v.found[i].disk, v.found[i].offset, v.found[i].length)
+                for i in range(v.found_count))
+            return VerifyReport(
+                v.in_use, v.error, v.repair, v.total, v.compared, v.mismatched, v.repaired, v.unreadable,
+                v.unlisted, tuple(found))
+        finally:
+            free(v)
 
     # --- The map ---------------------------------------------------------------------------------
 

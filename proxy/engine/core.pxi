@@ -42,6 +42,10 @@ cdef enum:
     CLIENTS_GONE_NS = 20000000 # without a request of theirs: the copy has the devices to itself
     # Between two flushes of a copy, after which what it has brought over need not be copied again.
     COPY_CHECKPOINT_BYTES = 256 << 20
+    VERIFY_CHUNK = 256 << 10   # of one step of a verify: 64 claim blocks, a bit of a mask for each
+    VERIFY_WINDOW = 4          # steps of it in flight
+    VERIFY_BURST_NS = 100000000  # what it has missed of its rate, it makes good up to this
+    MISMATCHES_MAX = 1000      # ranges listed of one verify; what is beyond is counted
     REPAIRS_MAX = 64           # noted at once; what is beyond is met again by the next read
 
 cdef enum:  # RequestKind
@@ -52,6 +56,7 @@ cdef enum:  # RequestKind
     ZERO = 6
     COPY = 7                   # ours: from the active leg to one that is syncing
     REPAIR = 8                 # ours: from a backup to the active leg, which could not read it
+    VERIFY = 9                 # ours: of the active leg with its backups
 
 cdef enum:  # RequestState
     IDLE                       # in the pool, or being received
@@ -64,6 +69,7 @@ cdef enum:  # RequestState
 
 cdef enum:  # Phase
     READING
+    COMPARING                  # VERIFY: reading a backup into the other half of the buffer
     READING_EDGES              # of an unaligned write: the blocks it shares with its neighbours
     WRITING
     WRITING_EDGES              # of an unaligned ZERO
@@ -101,12 +107,14 @@ cdef enum:  # EventKind
     EVENT_LEG_FORGOTTEN        # leg: nothing of it is left in the engine
     EVENT_BITMAP_FAILED        # code: errno, writes wait for the dirty bitmap; 0: they do no longer
     EVENT_READ_REPAIRED        # leg, device, code: errno of the read, a: device offset of it, b: bytes written back
+    EVENT_VERIFIED             # code: errno (ESTALE: the legs changed, ECANCELED: stopped), a: bytes compared, b: bad
 
 cdef struct Leg
 cdef struct Device
 cdef struct Map
 cdef struct Connection
 cdef struct Copier
+cdef struct VerifyStep
 cdef struct Request
 cdef struct SubOp
 
@@ -151,6 +159,7 @@ cdef struct Request:
     Request *claim_next
     Connection *connection     # NULL: our own
     Copier *copier             # of a COPY
+    VerifyStep *step           # of a VERIFY, and of the flush after it
     uint64_t token             # of one of our own
     uint64_t cookie
     uint64_t offset            # as asked for, in bytes of the disk
@@ -374,6 +383,47 @@ cdef struct Repair:
     uint64_t end
     uint64_t cursor            # written back up to here
 
+cdef struct VerifyStep:
+    bint busy
+    bint exclusive             # once more, to repair
+    Request *due               # to be done once more as soon as what it may write to is marked dirty
+    bint unreadable            # the active leg could not read it
+    bint written               # the leg was written to, and is compared again
+    uint32_t leg               # which of the verifier's is compared
+    uint64_t differing[LEGS_MAX]  # on each of them: bit i is block i of the step
+    uint64_t repaired[LEGS_MAX]
+
+cdef struct Mismatch:
+    int64_t leg                # its id
+    uint32_t disk
+    uint64_t offset
+    uint64_t length
+
+cdef struct Verifier:
+    bint begun                 # there is something to report
+    bint in_use                # and it goes on
+    bint repair
+    int64_t active             # ids of the legs it is about
+    int64_t legs[LEGS_MAX]
+    uint32_t leg_count
+    CopyRange *ranges          # freed by the control thread, see mail_verify()
+    uint32_t range_count
+    uint32_t range_index
+    uint64_t range_offset
+    VerifyStep steps[VERIFY_WINDOW]
+    uint32_t in_flight
+    uint64_t rate              # bytes of the active leg a second; 0: no limit but yielding to clients
+    uint64_t due_ns            # when the next step may begin
+    uint64_t total             # bytes
+    uint64_t compared
+    uint64_t mismatched        # on all legs together
+    uint64_t repaired
+    uint64_t unreadable
+    uint64_t unlisted
+    Mismatch found[MISMATCHES_MAX]
+    uint32_t found_count
+    int32_t error              # why it gave up; 0 while it goes on
+
 cdef struct EventRecord:
     uint32_t kind
     int32_t code
@@ -453,6 +503,7 @@ cdef struct Core:
     Connection *closed_connections
     Leg legs[LEG_SLOTS]
     Copier copiers[LEG_SLOTS]     # one for each leg, so that there always is one
+    Verifier verifier
     Repair repairs[REPAIRS_MAX]
     uint32_t repair_first
     uint32_t repair_count

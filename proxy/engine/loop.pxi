@@ -85,6 +85,7 @@ cdef void settle_all(Core *core) noexcept nogil:
         settle(core)
         copiers_pump(core)
         repairs_pump(core)
+        verifier_pump(core)
         send_all(core)
         if connections_resume(core):
             continue
@@ -125,7 +126,7 @@ cdef void step(Core *core) noexcept nogil:
     elif core.now_ns - core.busy_ns > GIVE_BACK_NS:
         arena_give_back(&core.arena)
     pause = copiers_pause(core)
-    core.ring.wait(core.ring, core, patience if patience < pause else pause)
+    core.ring.wait(core.ring, core, verifier_patience(core, patience if patience < pause else pause))
     mail_take(core)
     settle_all(core)
 

@@ -3,11 +3,11 @@
 cdef extern from "<errno.h>" nogil:
     int errno
     int EAGAIN, EBUSY, ECANCELED, ECONNABORTED, ECONNRESET, EINTR, EINVAL, EIO, ENOMEM, ENOSPC, EOPNOTSUPP
-    int EPIPE, EPROTO, ESHUTDOWN, ETIMEDOUT
+    int EPIPE, EPROTO, ESHUTDOWN, ESTALE, ETIMEDOUT
 
 from libc.stdint cimport INT64_MAX, int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport abort, calloc, free, malloc
-from libc.string cimport memcpy, memmove, memset
+from libc.string cimport memcmp, memcpy, memmove, memset
 
 cdef extern from * nogil:
     """
@@ -29,6 +29,9 @@ cdef extern from * nogil:
     static inline void sf_store(void **p, void *v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
     /* A block is all zero when its first byte is and it equals itself shifted by one. */
     static inline int sf_all_zero(const char *p, uint64_t n) { return p[0] == 0 && memcmp(p, p + 1, n - 1) == 0; }
+    static inline uint32_t sf_lowest_bit(uint64_t v) { return (uint32_t)__builtin_ctzll(v); }   /* of v != 0 */
+    static inline uint32_t sf_highest_bit(uint64_t v) { return 63u - (uint32_t)__builtin_clzll(v); }
+    static inline uint32_t sf_bits(uint64_t v) { return (uint32_t)__builtin_popcountll(v); }
     """
     uint16_t sf_get16(const char *p)
     uint32_t sf_get32(const char *p)
@@ -40,6 +43,9 @@ cdef extern from * nogil:
     void *sf_load(void **p)
     void sf_store(void **p, void *v)
     bint sf_all_zero(const char *p, uint64_t n)
+    uint32_t sf_lowest_bit(uint64_t v)
+    uint32_t sf_highest_bit(uint64_t v)
+    uint32_t sf_bits(uint64_t v)
     bint likely "__builtin_expect"(bint condition, long expected)
 
 cdef extern from "<sys/types.h>" nogil:

@@ -45,7 +45,7 @@ cdef void admit(Core *core, Request *request) noexcept nogil:
     request.claim_offset = request.offset & ~<uint64_t>(CLAIM_BLOCK - 1)
     request.claim_end = (request.offset + request.length + CLAIM_BLOCK - 1) & ~<uint64_t>(CLAIM_BLOCK - 1)
     request.exclusive = (request.kind == WRITE or request.kind == ZERO or request.kind == TRIM
-                         or request.kind == REPAIR)
+                         or request.kind == REPAIR or (request.kind == VERIFY and request.step.exclusive))
     if core.held:
         request.state = HELD
         mark_replayed(core, request)
@@ -118,6 +118,11 @@ cdef void start(Core *core, Request *request) noexcept nogil:
             return
         request.source = <uint32_t>repair_source(map)
         enter(core, request, READING)
+    elif request.kind == VERIFY:
+        if not verifier_holds(core, map):
+            finish(core, request, ESTALE)
+            return
+        enter(core, request, READING)
     elif request.kind == READ or request.kind == COPY:
         enter(core, request, READING)
     elif request.offset != request.span_offset or end != request.span_end:
@@ -135,7 +140,7 @@ cdef void enter(Core *core, Request *request, uint8_t phase) noexcept nogil:
     request.legs = 0
     for i in range(map.leg_count):
         request.cursors[i] = 0 if phase == FLUSHING else request.span_offset
-        if phase == READING or phase == READING_EDGES:
+        if phase == READING or phase == READING_EDGES or request.kind == VERIFY:
             if i == request.source:
                 request.legs = 1 << i
         elif request.kind == REPAIR:
@@ -163,6 +168,8 @@ cdef inline uint64_t zero_end(Request *request) noexcept nogil:
 cdef bint next_phase(Core *core, Request *request) noexcept nogil:
     """Go on to what follows a phase that is done; False when nothing does."""
     cdef Map *map = request.map
+    if request.kind == VERIFY:
+        return verify_next(core, request)
     if request.phase == READING:
         if request.kind == READ:
             return False
@@ -238,6 +245,10 @@ cdef void advance(Core *core, Request *request) noexcept nogil:
             else:
                 park(core, request)
             return
+        if request.rereading and request.kind == VERIFY:
+            request.step.unreadable = True  # to compare a backup with itself says nothing; the repair is noted
+            finish(core, request, request.error)
+            return
         if request.rereading:
             if not reread(core, request):
                 park(core, request)  # the backup is on its way out of the map; the next one decides
@@ -263,6 +274,8 @@ cdef bint issue_more(Core *core, Request *request, Leg *leg) noexcept nogil:
 cdef void issue_span(Core *core, Request *request) noexcept nogil:
     cdef uint64_t end = zero_end(request) if request.phase == ZEROING else request.span_end
     cdef uint8_t kind = SUB_READ
+    # The second half of the buffer of a VERIFY, or the whole of any other.
+    cdef uint64_t half = request.length if request.phase == COMPARING else 0
     cdef uint64_t length
     cdef uint32_t i
     if request.phase == WRITING:
@@ -275,7 +288,7 @@ cdef void issue_span(Core *core, Request *request) noexcept nogil:
         while request.cursors[i] < end and issue_more(core, request, request.map.legs[i]):
             length = issue(core, request, i, kind, request.cursors[i], end - request.cursors[i],
                            NULL if kind == SUB_ZERO else request.buffer,
-                           request.cursors[i] - request.claim_offset)
+                           half + request.cursors[i] - request.claim_offset)
             request.cursors[i] += length
 
 cdef void issue_edges(Core *core, Request *request) noexcept nogil:
@@ -477,6 +490,8 @@ cdef void answer(Core *core, Request *request) noexcept nogil:
         dirty_flushed(core, error)
     elif request.kind == REPAIR:
         repair_done(core, request)
+    elif request.step != NULL:
+        verifier_done(core, request)
     else:
         event_put(core, EVENT_DONE, 0, 0, request.error, 0, request.token, 0)
         request_free(core, request)
@@ -595,6 +610,7 @@ cdef void install(Core *core, Map *map) noexcept nogil:
                 # Whoever made this map did not know; nothing else would ever tell.
                 event_put(core, EVENT_DEVICE_LOST, map.legs[i].id, j, device.error, map.generation, 0, 0)
     copiers_check(core)
+    verifier_check(core)
     if not core.held:
         restart_parked(core)
 

@@ -46,6 +46,7 @@ class EventKind(IntEnum):
     LEG_FORGOTTEN = 12  # leg; its id is free again
     BITMAP_FAILED = 13  # code: errno, new regions cannot be written to; 0: they can again
     READ_REPAIRED = 14  # leg, device, code: errno, generation, a: device offset, b: bytes put back
+    VERIFIED = 15  # code: errno (ESTALE: legs changed, ECANCELED: stopped), generation, a: compared, b: bad
 
 
 class Event(NamedTuple):
@@ -142,6 +143,35 @@ class Statistics(NamedTuple):
     generation: int
     memory_bytes: int
     read_repairs: int
+
+
+class Mismatch(NamedTuple):
+    """Bytes of a disk, in whole blocks, in which a backup differs from the active leg."""
+
+    leg: int
+    disk: int
+    offset: int
+    length: int
+
+
+class VerifyReport(NamedTuple):
+    """What a verify has found so far, in bytes; those of all backups are added up.
+
+    ``error_number``: ESTALE when the legs changed in the middle, ECANCELED when it was stopped.
+    ``unreadable``: the active leg met a bad block there, so nothing was compared. ``mismatches``
+    are as many as fit; the bytes of the others are ``unlisted``.
+    """
+
+    running: bool
+    error_number: int
+    repair: bool
+    total: int
+    compared: int
+    mismatched: int
+    repaired: int
+    unreadable: int
+    unlisted: int
+    mismatches: tuple[Mismatch, ...]
 
 
 class PendingOp(NamedTuple):

@@ -24,7 +24,7 @@ What is simulated
       ``proxy.manager.session``. It hears of events a little late and is killed between any two steps, also
       between a commit and the word of it. A new one adopts the domain server.
     * *The store*: one record, changed after a while, or refused because the disk is full.
-    * *An operator* who orders failovers and resyncs whenever he likes. The content of a leg that is outdated
+    * *An operator* who orders failovers, resyncs and verifies whenever he likes. The content of a leg that is outdated
       is overwritten with rubbish before it is synced, so that nothing of it can be relied on by chance.
 
 What is checked
@@ -38,9 +38,10 @@ What is checked
     * a leg that the store comes to call up to date has all that was ever acknowledged or flushed.
     From what is sent where and when:
     * no byte goes to a leg once it is fenced, or to one that takes no part by the store; reads go to the active
-      leg, and to an up-to-date backup only once another leg has answered with an error;
+      leg, and to an up-to-date backup only once another leg has answered with an error or legs are compared;
     * between the decision of a failover and its durable record nothing is acknowledged;
     * a leg is said to be drained, with nothing unproven, only when nothing can land on it any more;
+    * a verify, at any moment, finds no difference and writes nothing;
     * a client is told of an error only when no leg could do better.
     At the end, with all faults off and everybody back:
     * the domain comes to rest: every request is answered, every leg is up to date (liveness);

@@ -3,6 +3,7 @@
 What it remembers for a manager that comes later is what ``proxy.domainserver.control`` does.
 """
 
+import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -157,8 +158,10 @@ class Server:
         if record.leg(name).state is not LegState.UPTODATE:
             raise Violation(f"a read goes to group {name}, which is {record.leg(name).state}")
         if name != record.active:
-            # A backup stands in for the active leg only where that has answered with an error.
-            if not any(self._errors(leg_id) for leg_id, note in self.legs.items() if note.group.name != name):
+            # A backup stands in for the active leg only where that has answered with an error, or is compared with it.
+            if not self._is_verifying() and not any(
+                self._errors(leg_id) for leg_id, note in self.legs.items() if note.group.name != name
+            ):
                 raise Violation(f"a read goes to group {name}; active is {record.active}")
             self.agenda.count("reads from a backup")
 
@@ -188,6 +191,8 @@ class Server:
                 for end in note.ends.values():
                     self._forget(end)
                 del self.legs[event.leg]
+            elif event.kind is EventKind.VERIFIED:
+                self._check_verified()
             elif event.kind is EventKind.REPLAYED:
                 self.agenda.count("replayed", event.a)
             self._tell(event)
@@ -280,6 +285,31 @@ class Server:
         stream.number = self.engine.add_connection(descriptor, client.disk, obeys_block_size=False)
         self.streams.append(stream)
         client.connected(stream)
+
+    def verify(self, disks: Sequence[Disk], *, rate: int, repair: bool) -> None:
+        """Compare the legs of all disks, if there is anything to compare."""
+        record = self._record()
+        backups = [
+            leg for leg in record.legs if leg.group != record.active and leg.state is LegState.UPTODATE
+        ]
+        if not self.generation or not backups or self._is_verifying():
+            return
+        try:
+            self.engine.verify([(disk.number, 0, disk.allotted) for disk in disks], rate=rate, repair=repair)
+        except OSError:
+            return  # the backups are on their way out of the map
+        self.agenda.count("verifies")
+
+    def _is_verifying(self) -> bool:
+        report = self.engine.verify_report()
+        return report is not None and report.running
+
+    def _check_verified(self) -> None:
+        report = self.engine.verify_report()
+        assert report is not None and not report.running
+        if report.mismatched:
+            raise Violation(f"a verify of equal legs finds differences: {report}")
+        self.agenda.count(f"verified: {errno.errorcode.get(report.error_number, 'whole')}")
 
     # --- The end ----------------------------------------------------------------------------------
 

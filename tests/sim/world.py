@@ -37,7 +37,7 @@ class Chaos:
     def draw(cls, agenda: Agenda, duration_ns: int) -> "Chaos":
         """A few kinds of trouble at random, some ten times in what clients may take."""
         random = agenda.random
-        weights = {"resync": random.choice((1, 4, 8))}
+        weights = {"resync": random.choice((1, 4, 8)), "verify": random.choice((0, 3, 12))}
         theme = random.choice(
             ("anything", "anything", "active leg", "backups", "processes", "store", "hangs", "medium")
         )
@@ -318,6 +318,10 @@ class World:
             case "failover":
                 if self.manager is not None:
                     self.manager.order_failover(random.choice(list(self.groups)))
+            case "verify":
+                if self.server is not None:
+                    rate = random.choice((0, 0, 1 << 20))
+                    self.server.verify(self.disks, rate=rate, repair=self.agenda.chance(0.3))
             case "resync":
                 self._order_resyncs()
         self.agenda.after(int(random.expovariate(1 / self.chaos.pause_ns)), self._befall)

@@ -445,3 +445,30 @@ def test_install_without_a_hold_in_the_middle_of_a_repair_does_no_harm() -> None
     rig.run()
     assert len(repairs(rig)) == 1
     assert rig.legs[1].read(0, SIZE) == pattern(SIZE)
+
+
+# --- The dirty bitmap -----------------------------------------------------------------------------
+
+
+def test_repair_waits_for_its_marks_without_keeping_readers_out() -> None:
+    rig = Rig()
+    for leg_id in (1, 2):
+        rig.add_leg(leg_id, (SIZE,)).fill(pattern(SIZE))
+    rig.open_bitmap(SIZE)
+    client = rig.start(1, 2)
+    cookie = client.read(0, 4 * KIB)
+    rig.pump()
+    fail_reads(rig)
+    rig.carry_out_all(2)
+    assert client.error(cookie) == 0
+    (marking,) = rig.bitmap_ops()
+    again = client.read(0, 4 * KIB)
+    rig.pump()
+    rig.carry_out_all(1)
+    assert client.error(again) == 0
+    assert rig.file_ops(2) == []
+    rig.carry_out(marking)
+    rig.run()
+    assert rig.marked(0) == {0}
+    assert len(repairs(rig)) == 1
+    assert rig.engine.statistics().memory_bytes == 0
