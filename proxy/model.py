@@ -166,6 +166,46 @@ class FailoverReceipt:
     replayed: int | None = None
 
 
+class VerifyOutcome(StrEnum):
+    """How a verify ended."""
+
+    COMPLETE = "complete"
+    INTERRUPTED = "interrupted"  # the legs changed in the middle
+    STOPPED = "stopped"  # by the operator
+    FAILED = "failed"  # it met an error
+
+
+@dataclass(frozen=True, slots=True)
+class Mismatch:
+    """Bytes of a disk in which the leg on ``group`` differed from the active one."""
+
+    group: str
+    disk: str
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReceipt:
+    """What a verify has found; ``at`` is its end, in seconds since the epoch, all sizes are in bytes.
+
+    ``unreadable``: the active leg could not read it, so nothing was compared. ``mismatches`` are as
+    many as were listed, the bytes of the others are ``unlisted``.
+    """
+
+    at: float
+    outcome: VerifyOutcome
+    seconds: float
+    repair: bool
+    total: int
+    compared: int
+    mismatched: int
+    repaired: int
+    unreadable: int
+    unlisted: int
+    mismatches: tuple[Mismatch, ...]
+
+
 class Severity(StrEnum):
     """How much an event matters to an operator."""
 

@@ -107,6 +107,45 @@ class DomainSummary(TypedDict):
     disks: int
 
 
+class VerifyObject(TypedDict):
+    """How far a verify has come; ``rate`` in bytes a second, None before it has begun."""
+
+    repair: bool
+    total: int
+    compared: int
+    mismatched: int
+    repaired: int
+    unreadable: int
+    seconds: float
+    rate: int | None
+    seconds_left: float | None
+
+
+class MismatchObject(TypedDict):
+    """Bytes of a disk in which the leg on ``group`` differed from the active one."""
+
+    group: str
+    disk: str
+    offset: int
+    length: int
+
+
+class LastVerifyObject(TypedDict):
+    """What the last verify found; ``mismatches`` are what was listed, the bytes of others are ``unlisted``."""
+
+    at: str
+    outcome: str
+    seconds: float
+    repair: bool
+    total: int
+    compared: int
+    mismatched: int
+    repaired: int
+    unreadable: int
+    unlisted: int
+    mismatches: list[MismatchObject]
+
+
 class DomainObject(TypedDict):
     """A domain; ``version`` is what a long poll for its next change begins from."""
 
@@ -126,6 +165,8 @@ class DomainObject(TypedDict):
     statistics: dict[str, Any] | None
     marked_bytes: int | None
     last_failover: FailoverObject | None
+    verify: VerifyObject | None
+    last_verify: LastVerifyObject | None
     version: NotRequired[int]
 
 

@@ -10,6 +10,7 @@ from proxy.cli.objects import DomainObject
 from proxy.cli.options import RUN_DEFAULT, Json, Run
 from proxy.cli.output import done, show
 from proxy.cli.plan import plan_failover
+from proxy.cli.verifying import check_verified, wait_verified
 from proxy.errors import RefusedError
 
 Domain = Annotated[str, typer.Argument(metavar="DOMAIN", help="The domain's name.")]
@@ -66,6 +67,29 @@ def resync(
     done(answer, text, as_json=as_json)
 
 
-def verify(name: Domain, as_json: Json = False, run: Run = RUN_DEFAULT) -> None:
-    """Compare the legs of a domain (not in this version)."""
-    raise RefusedError(f"this version cannot verify the legs of a domain yet; nothing of {name} was compared")
+def verify(
+    name: Domain,
+    rate: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE/s", help="How much of the active leg to compare a second; else what clients leave."
+        ),
+    ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Write what differs from the active leg to the backup.")
+    ] = False,
+    stop: Annotated[bool, typer.Option("--stop", help="End the verify that is under way.")] = False,
+    as_json: Json = False,
+    run: Run = RUN_DEFAULT,
+) -> None:
+    """Compare the backups of a domain with its active leg, byte by byte, while clients go on."""
+    manager = Manager(run)
+    if stop:
+        answer: DomainObject = manager.post("domains", name, "verify", "stop")
+        done(answer, f"domain {name}: the verify is being stopped", as_json=as_json)
+        return
+    before: DomainObject = manager.get("domains", name)
+    manager.post("domains", name, "verify", body={"rate": rate, "repair": repair})
+    last = wait_verified(manager, before, silent=as_json)
+    show(last, render.verify_page, as_json=as_json)
+    check_verified(name, last)

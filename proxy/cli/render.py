@@ -14,10 +14,12 @@ from proxy.cli.objects import (
     ExtentObject,
     FailoverObject,
     GroupObject,
+    LastVerifyObject,
     LegObject,
     LegSummary,
     PlanObject,
     StatusObject,
+    VerifyObject,
 )
 from proxy.cli.readiness import percent
 from proxy.cli.text import count, printable
@@ -186,6 +188,7 @@ def _domain_facts(domain: DomainObject) -> list[tuple[str, Cell]]:
         ("address", domain["address"]),
         ("clients", domain["clients"]),
         ("failover", _failover(domain["last_failover"])),
+        ("verify", _verify(domain)),
     ]
     if domain["listen"]:
         facts.insert(5, ("listen", domain["listen"]))
@@ -203,6 +206,46 @@ def _failover(failover: FailoverObject | None) -> str:
             f", stalled {failover['stall_ms']:.1f} ms, {count(failover['replayed'] or 0, 'request')} replayed"
         )
     return f"{failover['at']} from {failover['from']} to {failover['to']}{felt}: {failover['reason']}"
+
+
+def _verify(domain: DomainObject) -> str:
+    verify, last = domain["verify"], domain["last_verify"]
+    if verify is not None:
+        return f"{verify_progress(verify)}; {_found(verify)}"
+    if last is None:
+        return "none yet"
+    return f"{last['at']} {last['outcome']}, {format_size(last['compared'])} compared, {_found(last)}"
+
+
+def verify_progress(verify: VerifyObject) -> str:
+    """How far a verify has come, on a line."""
+    done = verify["compared"] + verify["unreadable"]
+    share = 100 * done // verify["total"] if verify["total"] else 100
+    pace = f", {format_size(verify['rate'])}/s" if verify["rate"] else ""
+    left = f", {verify['seconds_left']:.0f} s left" if verify["seconds_left"] is not None else ""
+    return f"{share}% ({format_size(done)} of {format_size(verify['total'])}{pace}{left})"
+
+
+def _found(verify: VerifyObject | LastVerifyObject) -> str:
+    parts = [f"{format_size(verify['mismatched'])} differ" if verify["mismatched"] else "no difference"]
+    if verify["mismatched"] and verify["repair"]:
+        parts.append(f"{format_size(verify['repaired'])} repaired")
+    if verify["unreadable"]:
+        parts.append(f"{format_size(verify['unreadable'])} not readable")
+    return ", ".join(parts)
+
+
+def verify_page(last: LastVerifyObject) -> RenderableType:
+    """What a verify found."""
+    summary = f"{format_size(last['compared'])} of {format_size(last['total'])} compared: {_found(last)}"
+    if not last["mismatches"]:
+        return Text(summary)
+    rows: list[tuple[Cell, ...]] = [
+        (one["disk"], one["offset"], one["length"], one["group"]) for one in last["mismatches"]
+    ]
+    if last["unlisted"]:
+        rows.append((f"{format_size(last['unlisted'])} more", "", "", ""))
+    return _sections(_table(["DISK", ">OFFSET", ">LENGTH", "DIFFERS ON"], rows), Text(summary))
 
 
 def _legs_table(legs: Sequence[LegObject]) -> RenderableType:

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass
-from errno import EIO
+from errno import EBUSY, EIO
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -44,6 +44,14 @@ class LegStatus:
     against: dict[str, Any] | None = None
 
 
+@dataclass(slots=True)
+class VerifyStatus:
+    """The verify under way: ``began`` on trio's clock, ``groups`` by leg."""
+
+    began: float
+    groups: dict[int, str]
+
+
 class Server:
     """One domain server: an engine, its doors, and the obedience of a manager.
 
@@ -67,6 +75,8 @@ class Server:
         self._legs: dict[int, LegStatus] = {}
         self._openings: dict[int, trio.CancelScope] = {}
         self._disk = Disk()
+        self._verify: VerifyStatus | None = None
+        self._verified: dict[str, Any] | None = None  # what the last one found, until a manager has noted it
         self._bitmap: Bitmap | None = None
         self._away: tuple[UUID, ...] = ()
         self._held = True
@@ -142,6 +152,8 @@ class Server:
                     self.doors.forget(event.a, event.code)
                 elif event.kind is EventKind.DONE:
                     self._done[event.a] = event.code
+                elif event.kind is EventKind.VERIFIED:
+                    await self._send({"event": self._verified})
                 elif event.kind not in (EventKind.MAP_RETIRED, EventKind.LEG_FORGOTTEN):
                     await self._send({"event": _message(event)})
         async with self._changed:
@@ -151,6 +163,10 @@ class Server:
         """Remember what a later manager would have to be told."""
         if event.kind is EventKind.MAP_RETIRED:
             self._maps.discard(event.generation)
+        elif event.kind is EventKind.VERIFIED:
+            self._verified = {"kind": event.kind.name, "leg": 0, **self._verify_report()}
+            self._verify = None
+            log.info("the verify has ended: %s", event)
         leg = self._legs.get(event.leg)
         if leg is None:
             return
@@ -194,6 +210,7 @@ class Server:
             "generation": self._generation,
             "held": self._held,
             "legs": {str(leg_id): asdict(leg) for leg_id, leg in self._legs.items()},
+            "verified": self._verified,
         }
 
     async def _status(self, frame: Frame) -> dict[str, Any]:
@@ -210,6 +227,18 @@ class Server:
             },
             "dirty_bytes": self._dirty_bytes(),
             "marked_bytes": self.engine.dirty_bytes(INTENT, away=False),
+            "verify": None if self._verify is None else self._verify_report(),
+        }
+
+    def _verify_report(self) -> dict[str, Any]:
+        report, verify = self.engine.verify_report(), self._verify
+        assert report is not None and verify is not None
+        return {
+            **report._asdict(),
+            "mismatches": [
+                (verify.groups[one.leg], one.disk, one.offset, one.length) for one in report.mismatches
+            ],
+            "seconds": trio.current_time() - verify.began,
         }
 
     def _copy_status(self, leg_id: int) -> dict[str, Any] | None:
@@ -370,6 +399,27 @@ class Server:
         self.engine.copy_leg(frame.body["leg"], ranges)
         self._legs[frame.body["leg"]].copy_began = trio.current_time()
 
+    async def _begin_verify(self, frame: Frame) -> None:
+        """Begin to compare the legs. Answered at once; the event ``VERIFIED`` tells the end."""
+        body = frame.body
+        ranges = [(disk, offset, length) for disk, offset, length in body["ranges"]]
+        try:
+            self.engine.verify(ranges, rate=body["rate"], repair=body["repair"])
+        except OSError as error:
+            if error.errno == EBUSY:
+                raise RefusedError(
+                    f"domain {self.domain} is being verified already; wait, or: standfast verify {self.domain} --stop"
+                ) from None
+            raise RefusedError(f"domain {self.domain} has no uptodate backup to compare with") from None
+        groups = {leg_id: leg.group for leg_id, leg in self._legs.items()}
+        self._verify = VerifyStatus(trio.current_time(), groups)
+
+    async def _stop_verify(self, frame: Frame) -> None:
+        self.engine.stop_verify()
+
+    async def _note_verified(self, frame: Frame) -> None:
+        self._verified = None
+
     async def _zero(self, frame: Frame) -> None:
         """Zero a range of a disk on all legs. Answered at once; the event ``zeroed`` tells the end."""
         body = frame.body
@@ -446,6 +496,9 @@ _OPERATIONS: dict[str, Callable[[Server, Frame], Awaitable[Any]]] = {
     "copy": Server._copy,
     "open-bitmap": Server._open_bitmap,
     "pace": Server._pace,
+    "verify": Server._begin_verify,
+    "stop-verify": Server._stop_verify,
+    "verified-noted": Server._note_verified,
     "zero": Server._zero,
     "stop": Server._stop,
 }

@@ -68,6 +68,13 @@ class Target(_Body):
     to: str | None = None
 
 
+class Verify(_Body):
+    """How fast to compare, as a size a second, and whether to repair the backups."""
+
+    rate: str | None = None
+    repair: bool = False
+
+
 class Resync(_Body):
     """The leg to bring back, all outdated ones when absent; and what copies may take a second, as a size."""
 
@@ -208,6 +215,14 @@ def _add_domains(app: FastAPI, service: Service) -> None:
     @app.post("/domains/{name}/failover")
     async def fail_over(name: str, body: Target) -> dict[str, Any]:
         return await domain_view(service, await service.fail_over(name, body.to))
+
+    @app.post("/domains/{name}/verify")
+    async def verify(name: str, body: Verify) -> dict[str, Any]:
+        return await domain_view(service, await service.verify(name, body.rate, repair=body.repair))
+
+    @app.post("/domains/{name}/verify/stop")
+    async def stop_verify(name: str) -> dict[str, Any]:
+        return await domain_view(service, await service.stop_verify(name))
 
     @app.post("/domains/{name}/resync")
     async def resync(name: str, body: Resync) -> dict[str, Any]:

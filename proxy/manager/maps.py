@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+from proxy.allocator import round_up
 from proxy.engine.types import LegRole
 from proxy.extentmap import ExtentMap, Range, Run, group_map
 from proxy.failover import Record
-from proxy.model import Group, LegState
+from proxy.model import BLOCK_SIZE_MAX, Group, LegState
 from proxy.store import DiskRecord, DomainRecord
 
 
@@ -55,6 +56,14 @@ def device_ranges(group: Group, runs: Sequence[Run]) -> list[list[tuple[int, int
         [(run.device_offset, run.length) for run in runs if run.device == device.position]
         for device in group.devices
     ]
+
+
+def verify_ranges(disks: Sequence[DiskRecord]) -> list[tuple[int, int, int]]:
+    """What legs must have in common: (disk number, offset, length) of all that clients can see, in whole blocks.
+
+    What is allotted beyond, or to a disk not ready yet, may not have been zeroed on every leg.
+    """
+    return [(disk.number, 0, round_up(disk.size, BLOCK_SIZE_MAX)) for disk in disks if disk.ready]
 
 
 def copy_ranges(disks: Sequence[DiskRecord]) -> list[tuple[int, int, int]]:

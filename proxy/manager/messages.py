@@ -1,16 +1,17 @@
 """What the manager says: orders to a domain server, and events to people. Pure."""
 
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from errno import ECANCELED, ESTALE
 from typing import Any
 
 from proxy.extentmap import Run
 from proxy.failover import Transition
 from proxy.label import label_of
 from proxy.manager.maps import device_ranges
-from proxy.model import Group, LegState, Severity
+from proxy.model import Group, LegState, Mismatch, Severity, VerifyOutcome, VerifyReceipt
 from proxy.sizes import format_size
-from proxy.store import NewEvent
+from proxy.store import DiskRecord, NewEvent
 
 
 def device_orders(group: Group, runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -32,6 +33,59 @@ def read_repaired(domain: str, device: str, cause: str, offset: int, length: int
         f"{format_size(length)} were written back"
     )
     return NewEvent(Severity.WARNING, "read-repaired", message, domain)
+
+
+def verify_receipt(found: Mapping[str, Any], disks: Sequence[DiskRecord], at: float) -> VerifyReceipt:
+    """What a VERIFIED event tells, with the names of disks."""
+    outcomes = {
+        0: VerifyOutcome.COMPLETE,
+        ESTALE: VerifyOutcome.INTERRUPTED,
+        ECANCELED: VerifyOutcome.STOPPED,
+    }
+    names = {disk.number: disk.name for disk in disks}
+    return VerifyReceipt(
+        at=at,
+        outcome=outcomes.get(found["error_number"], VerifyOutcome.FAILED),
+        seconds=found["seconds"],
+        repair=found["repair"],
+        total=found["total"],
+        compared=found["compared"],
+        mismatched=found["mismatched"],
+        repaired=found["repaired"],
+        unreadable=found["unreadable"],
+        unlisted=found["unlisted"],
+        mismatches=tuple(
+            Mismatch(group, names.get(number, f"number {number}, removed since"), offset, length)
+            for group, number, offset, length in found["mismatches"]
+        ),
+    )
+
+
+def verified(domain: str, receipt: VerifyReceipt) -> NewEvent:
+    """What is told of a verify that has ended."""
+    ends = {
+        VerifyOutcome.COMPLETE: "is complete",
+        VerifyOutcome.INTERRUPTED: "was interrupted, since the legs changed",
+        VerifyOutcome.STOPPED: "was stopped",
+        VerifyOutcome.FAILED: "failed",
+    }
+    compared = f"{format_size(receipt.compared)} of {format_size(receipt.total)} compared"
+    parts = [f"the verify of domain {domain} {ends[receipt.outcome]}: {compared}"]
+    if receipt.mismatched:
+        groups = ", ".join(sorted({one.group for one in receipt.mismatches}))
+        parts.append(f"{format_size(receipt.mismatched)} differ on {groups}")
+        if receipt.repair:
+            parts.append(f"{format_size(receipt.repaired)} repaired")
+    elif receipt.compared:
+        parts.append("no difference")
+    if receipt.unreadable:
+        parts.append(f"{format_size(receipt.unreadable)} left out, which the active leg could not read")
+    severity = Severity.INFO
+    if receipt.mismatched > receipt.repaired:
+        severity = Severity.ERROR
+    elif receipt.mismatched or receipt.unreadable or receipt.outcome is not VerifyOutcome.COMPLETE:
+        severity = Severity.WARNING
+    return NewEvent(severity, "verified", ", ".join(parts), domain)
 
 
 def transition_events(domain: str, transition: Transition) -> list[NewEvent]:

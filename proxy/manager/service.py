@@ -353,6 +353,29 @@ class Service:
             await order.outcome()
         return wanted
 
+    async def verify(self, name: str, rate: str | None, *, repair: bool) -> DomainRecord:
+        """Begin to compare the legs of a domain, and to repair what differs when asked to.
+
+        Args:
+            rate: of the active leg a second, as a size, with or without "/s"; None: as fast as devices and
+                clients allow.
+
+        Raises:
+            RefusedError: there is nothing to compare, or a verify is under way.
+        """
+        rate_bytes = 0 if rate is None else parse_size(rate.removesuffix("/s"))
+
+        async def begin(session: Session) -> None:
+            await session.verify(rate_bytes, repair=repair)
+
+        await self._supervisor(name).do(begin)
+        return self.store.domain(name)
+
+    async def stop_verify(self, name: str) -> DomainRecord:
+        """End the verify under way. Raises RefusedError when there is none."""
+        await self._supervisor(name).do(Session.stop_verify)
+        return self.store.domain(name)
+
     # --- Disks ------------------------------------------------------------------------------------
 
     def disk(self, name: str, disk_name: str) -> DiskRecord:

@@ -144,6 +144,7 @@ class Session:
         self._changed = changed
         self._postponed: deque[Order] = deque()
         self._resyncs: dict[str, Order] = {}
+        self._verifying = False
         self._zeroing: dict[int, Order] = {}
         self._door_due = ""  # the TCP address that could not be had yet
         self._hold_number = 0
@@ -251,6 +252,9 @@ class Session:
             if record.group not in self.legs.open:
                 self.legs.suspect(groups[record.group])  # how it was lost is not known to us
         self.tell(Severity.INFO, "adopted", f"domain {self.name} was found running and is supervised again")
+        self._verifying = status["verify"] is not None
+        if hello["verified"] is not None:
+            await self._take_verified(hello["verified"])
         await self._feed(Adopted(lost, frozenset(self.legs.open), hello["held"], hello["generation"]))
 
     def _groups(self) -> dict[str, Group]:
@@ -290,6 +294,9 @@ class Session:
             order.finish(error)
         for order in self._postponed:
             self._post.send_nowait(order)
+        if self._verifying and self.link.gone.is_set():
+            message = f"the verify of domain {self.name} was interrupted: its domain server ended"
+            self.tell(Severity.WARNING, "verified", message)
 
     def _ended(self) -> RefusedError:
         return RefusedError(f"the domain server of {self.name} ended meanwhile; try again")
@@ -362,6 +369,8 @@ class Session:
                 leg.copying, leg.copied, leg.copied_bytes = False, event["code"] == 0, event["a"]
         elif kind == "BITMAP_FAILED":
             self._tell_bitmap(event["code"])
+        elif kind == "VERIFIED":
+            await self._take_verified(event)
         elif kind == "READ_REPAIRED":
             if leg is not None:
                 await self._take_repair(leg, event)
@@ -391,6 +400,20 @@ class Session:
             self.tell(
                 Severity.INFO, "bitmap-back", f"domain {self.name}: the dirty bitmap can be written again"
             )
+
+    async def _take_verified(self, found: dict[str, Any]) -> None:
+        self._verifying = False
+        domain = self.store.domain(self.name)
+        now = time.time()
+        receipt = messages.verify_receipt(found, domain.disks, now)
+        event = messages.verified(self.name, receipt)
+        log.info("%s", event.message)
+        try:
+            self.store.change(domain.domain.id, StoreChange(verify=receipt, events=[event]), now)
+        except StoreError as error:
+            log.warning("domain %s: what its verify found is not recorded: %s", self.name, error)
+        else:
+            await self.link.call("verified-noted")
 
     async def _take_repair(self, leg: Leg, event: dict[str, Any]) -> None:
         """A read that a leg could not do was answered from a backup; too many of them fail the leg."""
@@ -663,6 +686,27 @@ class Session:
             raise RefusedError(f"group {group} is about to be synced already")
         self._resyncs[group] = Order(nothing)
         return self._resyncs[group]
+
+    async def verify(self, rate: int, *, repair: bool) -> None:
+        """Begin to compare all uptodate backups with the active leg, at ``rate`` bytes a second (0: no limit).
+
+        Raises:
+            RefusedError: there is nothing to compare, or a verify is under way.
+        """
+        self.need_serving()
+        ranges = maps.verify_ranges(self.store.domain(self.name).disks)
+        if not ranges:
+            raise RefusedError(f"domain {self.name} has no disk; there is nothing to compare")
+        await self.link.call("verify", ranges=ranges, rate=rate, repair=repair)
+        self._verifying = True
+        what = "verified and repaired" if repair else "verified"
+        self.tell(Severity.INFO, "verify-started", f"domain {self.name} is being {what}")
+
+    async def stop_verify(self) -> None:
+        """End the verify under way. Raises RefusedError when there is none."""
+        if not self._verifying:
+            raise RefusedError(f"domain {self.name} is not being verified")
+        await self.link.call("stop-verify")
 
     async def zero(self, disk: int, offset: int, length: int) -> Order:
         """Begin to zero part of a disk on every leg; the answer is done when all of it is."""

@@ -1,5 +1,6 @@
 """What operators are shown: records and running state as JSON objects. The contract of ``--json``."""
 
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from proxy.allocator import free_size
 from proxy.failover import LegRecord
 from proxy.manager.maps import copy_ranges, domain_map
 from proxy.manager.service import Service
-from proxy.model import DomainState, Event, FailoverReceipt, Group, LegState, Role
+from proxy.model import DomainState, Event, FailoverReceipt, Group, LegState, Role, VerifyReceipt
 from proxy.store import DiskRecord, DomainRecord
 
 #: Of one map in one answer: enough to see its shape; a striped map has a million.
@@ -89,6 +90,8 @@ async def domain_view(service: Service, domain: DomainRecord) -> dict[str, Any]:
         # What a crash of ours would have each backup be copied.
         "marked_bytes": status["marked_bytes"] if status else None,
         "last_failover": _receipt_view(domain.last_failover),
+        "verify": _verify_view(status["verify"]) if status and status["verify"] else None,
+        "last_verify": _verify_receipt_view(domain.last_verify),
     }
 
 
@@ -171,6 +174,23 @@ def _receipt_view(receipt: FailoverReceipt | None) -> dict[str, Any] | None:
         "replayed": receipt.replayed,
         "generation": receipt.generation,
     }
+
+
+def _verify_view(status: dict[str, Any]) -> dict[str, Any]:
+    done = status["compared"] + status["unreadable"]
+    rate = done / status["seconds"] if done and status["seconds"] else None
+    return {
+        **{
+            key: status[key]
+            for key in ("repair", "total", "compared", "mismatched", "repaired", "unreadable", "seconds")
+        },
+        "rate": None if rate is None else int(rate),
+        "seconds_left": None if rate is None else (status["total"] - done) / rate,
+    }
+
+
+def _verify_receipt_view(receipt: VerifyReceipt | None) -> dict[str, Any] | None:
+    return None if receipt is None else {**asdict(receipt), "at": instant(receipt.at)}
 
 
 def disk_view(

@@ -25,6 +25,7 @@ from proxy.model import (
     Layout,
     Replication,
     Severity,
+    VerifyReceipt,
 )
 
 
@@ -69,6 +70,7 @@ class DomainRecord:
     runs: Mapping[str, tuple[Run, ...]]  # by group
     disks: tuple[DiskRecord, ...]
     last_failover: FailoverReceipt | None
+    last_verify: VerifyReceipt | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,7 @@ class Change:
     session: int | None = None
     desired: Desired | None = None
     failover: FailoverReceipt | None = None
+    verify: VerifyReceipt | None = None
     add_disk: DiskRecord | None = None
     ready_disk: int | None = None
     resize_disk: DiskRecord | None = None

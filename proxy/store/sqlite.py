@@ -4,6 +4,7 @@ Domain details (``domains``, ``disks``) and connection details (``attachments``,
 tables: a failover writes to the second pair only.
 """
 
+import json
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,8 +27,11 @@ from proxy.model import (
     Layout,
     LayoutKind,
     LegState,
+    Mismatch,
     Replication,
     Severity,
+    VerifyOutcome,
+    VerifyReceipt,
 )
 from proxy.store import Change, DiskRecord, DomainRecord, NewDevice, NewEvent
 
@@ -131,6 +135,22 @@ _MIGRATIONS = (
     """,
     """
     ALTER TABLE attachments ADD COLUMN session INTEGER NOT NULL DEFAULT 0;
+    """,
+    """
+    CREATE TABLE verifies (
+        domain_id INTEGER PRIMARY KEY REFERENCES domains (id) ON DELETE CASCADE,
+        at REAL NOT NULL,
+        outcome TEXT NOT NULL,
+        seconds REAL NOT NULL,
+        repair INTEGER NOT NULL,
+        total INTEGER NOT NULL,
+        compared INTEGER NOT NULL,
+        mismatched INTEGER NOT NULL,
+        repaired INTEGER NOT NULL,
+        unreadable INTEGER NOT NULL,
+        unlisted INTEGER NOT NULL,
+        mismatches TEXT NOT NULL
+    ) STRICT;
     """,
 )
 
@@ -338,6 +358,13 @@ class SqliteStore:
                 f" FROM failovers l {only} ORDER BY l.generation"
             ):
                 failovers[domain_id] = FailoverReceipt(*receipt)
+            verifies = {
+                domain_id: _verify_receipt(*receipt)
+                for domain_id, *receipt in self._db.execute(
+                    "SELECT l.domain_id, l.mismatches, l.at, l.outcome, l.seconds, l.repair, l.total, l.compared,"
+                    f" l.mismatched, l.repaired, l.unreadable, l.unlisted FROM verifies l {only}"
+                )
+            }
             return [
                 DomainRecord(
                     Domain(DomainId(domain_id), UUID(uuid), name, size, Replication(replication), listen),
@@ -348,6 +375,7 @@ class SqliteStore:
                     {group: tuple(found) for group, found in runs[domain_id].items()},
                     tuple(disks.get(domain_id, ())),
                     failovers.get(domain_id),
+                    verifies.get(domain_id),
                 )
                 for (
                     domain_id,
@@ -437,6 +465,8 @@ class SqliteStore:
                     " VALUES (?, ?, ?, ?, ?, ?)",
                     (domain, receipt.generation, receipt.at, receipt.reason, receipt.source, receipt.target),
                 )
+            if change.verify is not None:
+                self._write_verify(domain, change.verify)
             if change.add_disk is not None:
                 disk = change.add_disk
                 db.execute(
@@ -480,6 +510,27 @@ class SqliteStore:
             "UPDATE legs SET state = ?, blocked = ?"
             " WHERE domain_id = ? AND group_id = (SELECT id FROM groups WHERE name = ?)",
             [(leg.state, leg.blocked, domain, leg.group) for leg in record.legs],
+        )
+
+    def _write_verify(self, domain: DomainId, receipt: VerifyReceipt) -> None:
+        mismatches = [(one.group, one.disk, one.offset, one.length) for one in receipt.mismatches]
+        self._db.execute(
+            "INSERT OR REPLACE INTO verifies (domain_id, at, outcome, seconds, repair, total, compared, mismatched,"
+            " repaired, unreadable, unlisted, mismatches) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                domain,
+                receipt.at,
+                receipt.outcome,
+                receipt.seconds,
+                receipt.repair,
+                receipt.total,
+                receipt.compared,
+                receipt.mismatched,
+                receipt.repaired,
+                receipt.unreadable,
+                receipt.unlisted,
+                json.dumps(mismatches),
+            ),
         )
 
     def _write_ranges(self, domain: DomainId, disk: DiskRecord) -> None:
@@ -528,3 +579,22 @@ class SqliteStore:
         with self._errors():
             (identity,) = self._db.execute("SELECT coalesce(max(id), 0) FROM events").fetchone()
             return int(identity)
+
+
+def _verify_receipt(
+    mismatches: str, at: float, outcome: str, seconds: float, repair: int, *sizes: int
+) -> VerifyReceipt:
+    total, compared, mismatched, repaired, unreadable, unlisted = sizes
+    return VerifyReceipt(
+        at=at,
+        outcome=VerifyOutcome(outcome),
+        seconds=seconds,
+        repair=bool(repair),
+        total=total,
+        compared=compared,
+        mismatched=mismatched,
+        repaired=repaired,
+        unreadable=unreadable,
+        unlisted=unlisted,
+        mismatches=tuple(Mismatch(*mismatch) for mismatch in json.loads(mismatches)),
+    )

@@ -447,7 +447,9 @@ def test_domain_create_on_a_port_in_use_is_refused_and_leaves_nothing(shared: Pl
         ("resync vol1 --group beta", "beta is uptodate"),
         ("resync vol1 --group nope", "no leg on a group nope"),
         ("failback vol1", "this version cannot"),
-        ("verify vol1", "this version cannot"),
+        ("verify nope", "there is no domain nope"),
+        ("verify vol1 --rate fast", "fast"),
+        ("verify vol1 --stop", "is not being verified"),
     ],
 )
 def test_command_with_bad_input_is_refused_and_changes_nothing(

@@ -65,6 +65,8 @@ def domain(*legs: LegObject, **changes: Any) -> DomainObject:
         "statistics": None,
         "marked_bytes": None,
         "last_failover": None,
+        "verify": None,
+        "last_verify": None,
         "version": 7,
         **changes,
     }

@@ -121,7 +121,7 @@ def test_run_directory_by_default_is_the_systems(
     assert "/run/standfast/control.sock" in failed(capsys, 1, "status")
 
 
-@pytest.mark.parametrize("command", ["failback", "verify"])
+@pytest.mark.parametrize("command", ["failback"])
 def test_command_of_a_later_version_says_so(capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert "this version cannot" in failed(capsys, 1, command, "vol1")
 

@@ -1,5 +1,6 @@
 """What people see: whole addresses for programs, no codes where there is no terminal, nobody's escapes."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from proxy.cli import render
 from proxy.cli.output import Surface, lay_out
 from proxy.cli.plan import plan_failover
 from proxy.cli.text import count, printable
+from proxy.cli.verifying import check_verified
+from proxy.errors import RefusedError
 from tests.unit.cli_objects import disk, domain, event, group, leg, sync_of
 
 LONG_NAME = "d" * 63
@@ -113,6 +116,56 @@ def test_domain_page_right_after_a_failover_leaves_out_what_is_not_known_yet() -
         "generation": 2,
     }
     assert "now from a to b: why" in lay_out(render.domain_page(domain(last_failover=receipt)), Surface())
+
+
+FOUND: dict[str, Any] = {
+    "at": "2026-01-02T03:04:05.678+00:00",
+    "outcome": "complete",
+    "seconds": 1.5,
+    "repair": True,
+    "total": 1 << 20,
+    "compared": 1 << 19,
+    "mismatched": 8192,
+    "repaired": 4096,
+    "unreadable": 1 << 18,
+    "unlisted": 4096,
+    "mismatches": [{"group": "beta", "disk": "disk1", "offset": 4096, "length": 4096}],
+}
+
+
+def test_domain_page_shows_the_last_verify_or_how_far_the_present_one_is() -> None:
+    page = lay_out(render.domain_page(domain(last_verify=FOUND)), Surface())
+    assert "05.678+00:00 complete, 512K compared, 8K differ, 4K repaired, 256K not readable" in page
+    progress = {**FOUND, "mismatched": 0, "unreadable": 0, "rate": 1 << 18, "seconds_left": 2.0}
+    page = lay_out(render.domain_page(domain(verify=progress, last_verify=FOUND)), Surface())
+    assert "50% (512K of 1M, 256K/s, 2 s left); no difference" in page
+    assert "none yet" in lay_out(render.domain_page(domain()), Surface())
+
+
+def test_verify_page_lists_differences_by_disk_and_counts_those_not_listed() -> None:
+    page = [line.split() for line in lines(render.verify_page(FOUND))]  # type: ignore[arg-type]
+    assert ["disk1", "4096", "4096", "beta"] in page
+    assert ["4K", "more"] in page
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"outcome": "interrupted"}, "legs changed in the middle"),
+        ({"outcome": "stopped"}, "it was stopped"),
+        ({"outcome": "failed"}, "standfast events"),
+        ({}, "differ from its active leg in 4K; look at the devices"),
+        ({"repair": False, "repaired": 0}, "in 8K; repair it with: standfast verify vol1 --repair"),
+        ({"repaired": 8192}, "could not read 256K"),
+    ],
+)
+def test_verify_that_does_not_leave_equal_legs_is_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(RefusedError, match=re.escape(said)):
+        check_verified("vol1", {**FOUND, **changes})  # type: ignore[typeddict-item]
+
+
+def test_verify_that_leaves_equal_legs_is_fine() -> None:
+    check_verified("vol1", {**FOUND, "repaired": 8192, "unreadable": 0})  # type: ignore[typeddict-item]
 
 
 def test_domain_page_shows_the_first_extents_and_counts_the_others() -> None:

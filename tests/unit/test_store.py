@@ -10,7 +10,18 @@ import pytest
 from proxy.errors import NotFoundError, RefusedError, StoreError
 from proxy.extentmap import Range, Run
 from proxy.failover import LegRecord, Record
-from proxy.model import Desired, FailoverReceipt, Layout, LayoutKind, LegState, Replication, Severity
+from proxy.model import (
+    Desired,
+    FailoverReceipt,
+    Layout,
+    LayoutKind,
+    LegState,
+    Mismatch,
+    Replication,
+    Severity,
+    VerifyOutcome,
+    VerifyReceipt,
+)
 from proxy.store import Change, DiskRecord, DomainRecord, NewDevice, NewEvent
 from proxy.store.sqlite import SCHEMA_VERSION, SqliteStore
 
@@ -109,6 +120,21 @@ def test_failover_changes_connection_details_and_never_the_domain(store: SqliteS
     settled = store.domain("vol1").last_failover
     assert settled is not None
     assert (settled.stall_ms, settled.replayed) == (8.5, 32)
+
+
+def test_verify_receipt_is_kept_until_the_next_and_gone_with_the_domain(
+    store: SqliteStore, tmp_path: Path
+) -> None:
+    domain = filled(store)
+    assert domain.last_verify is None
+    mismatches = (Mismatch("beta", "disk1", 4096, 8192), Mismatch("beta", "disk2", 0, 4096))
+    first = VerifyReceipt(5.0, VerifyOutcome.COMPLETE, 1.5, True, 1 << 20, 9, 8, 7, 6, 5, mismatches)
+    second = VerifyReceipt(6.0, VerifyOutcome.STOPPED, 0.5, False, 1 << 20, 0, 0, 0, 0, 0, ())
+    for receipt in (second, first):
+        store.change(domain.domain.id, Change(verify=receipt), receipt.at)
+    assert store.domain("vol1").last_verify == first
+    store.remove_domain("vol1", 7.0)
+    assert rows(tmp_path / "store.db", "verifies") == []
 
 
 def test_change_that_fails_half_way_changes_nothing(store: SqliteStore) -> None:
