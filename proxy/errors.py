@@ -34,6 +34,10 @@ class StoreError(StandfastError):
     """The store could not be read or a change could not be made durable."""
 
 
+class StoreOutdatedError(StoreError):
+    """Something is newer than the store: it was brought back from a backup, and may be wrong in everything."""
+
+
 class NbdError(IntEnum):
     """The eight error values of the protocol. Source: NBD proto.md, "Error values"."""
 

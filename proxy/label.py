@@ -67,12 +67,20 @@ class LabelMismatchError(LabelError):
     """The label is sound and not the one expected there."""
 
 
+class LabelNewerError(LabelMismatchError):
+    """The label is newer than the store can know of: the store is not the newest."""
+
+
+class LabelStaleError(LabelError):
+    """The label is the one expected there, and older than the store says: so is all else on the device."""
+
+
 @dataclass(frozen=True, slots=True)
 class Label:
     """What a device says of itself.
 
-    ``device_size`` and ``data_offset`` are in bytes; ``map_generation`` is the store's when the label
-    was written.
+    ``device_size`` and ``data_offset`` are in bytes; ``map_generation`` counts how often a domain has begun to
+    use its map onto the group: the label is written anew each time.
     """
 
     device_uuid: UUID
@@ -153,17 +161,20 @@ def label_of(group: Group, device: Device, *, map_generation: int) -> Label:
     )
 
 
-def check_label(found: Label, expected: Label, *, url: str, size: int) -> None:
+def check_label(found: Label, expected: Label, *, least_generation: int, url: str, size: int) -> None:
     """Make sure that the device is the one the store means.
 
     Args:
         found: what the device's label says.
-        expected: what the store says; its ``map_generation`` is the store's present one.
+        expected: what the store says; its ``map_generation`` is the highest that may have been written.
+        least_generation: the highest that certainly was.
         url: the device, for messages.
         size: bytes the device has now; more than the label says does no harm.
 
     Raises:
-        LabelMismatchError: it is another device, has shrunk, or is ahead of the store.
+        LabelMismatchError: it is another device, or has shrunk.
+        LabelNewerError: it is the right device and ahead of the store.
+        LabelStaleError: it is the right device and behind the store.
     """
     if found.group_uuid != expected.group_uuid:
         raise _mismatch(url, _membership(expected), _membership(found), "check which device the URL leads to")
@@ -191,11 +202,15 @@ def check_label(found: Label, expected: Label, *, url: str, size: int) -> None:
             "it has shrunk; enlarge it again",
         )
     if found.map_generation > expected.map_generation:
-        raise _mismatch(
-            url,
-            f"map generation {expected.map_generation} at most",
-            f"{found.map_generation}",
-            "the store is older than the device; was it restored from a backup?",
+        raise LabelNewerError(
+            f"{url}: expected map generation {expected.map_generation} at most, found {found.map_generation}; the "
+            "store is older than the device; bring back the newer store, or, if it is lost, say standfast group "
+            f"accept {expected.group_name} once you know which group has the newest data"
+        )
+    if found.map_generation < least_generation:
+        raise LabelStaleError(
+            f"{url}: expected map generation {least_generation} at least, found {found.map_generation}; the device is "
+            "older than the store, as after a restore from a backup, and so is what it holds"
         )
 
 

@@ -51,6 +51,16 @@ def show_group(name: GroupName, as_json: Json = False, run: Run = RUN_DEFAULT) -
 
 
 @app.command()
+def accept(name: GroupName, as_json: Json = False, run: Run = RUN_DEFAULT) -> None:
+    """Take a group's devices as they are, after the store or they were restored from a backup.
+
+    Whichever leg is active by the store is served as it is then: be sure that it has the newest data.
+    """
+    answer = Manager(run).post("groups", name, "accept")
+    done(answer, f"group {name} is accepted as it is, at generation {answer['generation']}", as_json=as_json)
+
+
+@app.command()
 def remove(name: GroupName, as_json: Json = False, run: Run = RUN_DEFAULT) -> None:
     """Forget a group, and take the labels off its devices."""
     answer = Manager(run).delete("groups", name)

@@ -99,6 +99,15 @@ class Bitmap:
                 engine.fill_plane(plane + 1)
         self.content = replace(self.content, groups=tuple(assigned))
 
+    async def distrust(self, engine: Engine, group: UUID) -> None:
+        """Take a group to lack everything, durably. Raises OSError, and then nothing has changed."""
+        named = tuple(None if one == group else one for one in self.named)
+        await self.disk.overwrite(self.path, replace(self.content, groups=named).header())
+        self.named = named
+        plane = self.content.plane_of(group)
+        if plane is not None:
+            engine.fill_plane(plane)
+
     def plane_of(self, group: UUID) -> int:
         """The plane of a group that has one."""
         plane = self.content.plane_of(group)

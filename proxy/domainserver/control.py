@@ -13,7 +13,7 @@ import trio
 from proxy.dirtymap import INTENT, LegContent
 from proxy.domainserver.bitmap import Bitmap, Disk, open_bitmap
 from proxy.domainserver.doors import Doors, export_of
-from proxy.domainserver.legs import DeviceOrder, LegError, open_leg
+from proxy.domainserver.legs import DeviceOrder, Generations, LegError, label_leg, open_leg
 from proxy.engine import Engine, Event, EventKind, LegRole, RequestKind, Tracking
 from proxy.errors import NBD_ERROR_BY_ERRNO, RefusedError
 from proxy.extentmap import ExtentMap
@@ -112,7 +112,7 @@ class Server:
             async with stream, trio.open_nursery() as openings:
                 async for data in stream:
                     for frame in decoder.receive(data):
-                        if frame.body.get("op") == "open-leg":
+                        if frame.body.get("op") in ("open-leg", "label"):
                             # A device may take its time; the fence of another must not wait for it.
                             openings.start_soon(self._obey, stream, frame)
                         else:
@@ -193,7 +193,12 @@ class Server:
         except RefusedError as error:
             answer["error"] = {"text": str(error)}
         except LegError as error:
-            answer["error"] = {"text": str(error), "position": error.position, "errno": error.error_number}
+            answer["error"] = {
+                "text": str(error),
+                "position": error.position,
+                "errno": error.error_number,
+                "is_newer": error.is_newer,
+            }
         except Exception as error:
             # The boundary: whatever a command ran into, the clients are served on.
             log.exception("command %s failed", operation)
@@ -282,19 +287,39 @@ class Server:
     async def _pace(self, frame: Frame) -> None:
         self.engine.pace_copies(rate=frame.body["rate"], floor=frame.body["floor"])
 
-    async def _open_leg(self, frame: Frame) -> None:
+    async def _open_leg(self, frame: Frame) -> list[str]:
+        """Open a leg; what was found stale on it, a line each."""
         leg_id = frame.body["leg"]
         orders = [DeviceOrder.from_message(message) for message in frame.body["devices"]]
+
+        async def distrust() -> None:
+            assert self._bitmap is not None
+            try:
+                await self._bitmap.distrust(self.engine, UUID(frame.body["uuid"]))
+            except OSError as error:
+                raise RefusedError(f"the dirty bitmap cannot be written: {error.strerror}") from error
+
         with trio.CancelScope() as scope:
             self._openings[leg_id] = scope
             try:
-                specs = await open_leg(orders, timeout_s=frame.body["timeout_s"])
+                specs, stale = await open_leg(
+                    orders,
+                    Generations(**frame.body["labels"]),
+                    distrust=distrust,
+                    timeout_s=frame.body["timeout_s"],
+                )
             finally:
                 del self._openings[leg_id]
         if scope.cancelled_caught:
             raise RefusedError(f"the opening of leg {leg_id} was given up")
         self.engine.add_leg(leg_id, specs)
         self._legs[leg_id] = LegStatus(frame.body["group"])
+        return stale
+
+    async def _label(self, frame: Frame) -> None:
+        """Label the devices of a leg anew."""
+        orders = [DeviceOrder.from_message(message) for message in frame.body["devices"]]
+        await label_leg(orders, Generations(**frame.body["labels"]), timeout_s=frame.body["timeout_s"])
 
     async def _install(self, frame: Frame) -> None:
         """Install a map, and offer the disks in it that are ready."""
@@ -485,6 +510,7 @@ _OPERATIONS: dict[str, Callable[[Server, Frame], Awaitable[Any]]] = {
     "hello": Server._hello,
     "status": Server._status,
     "open-leg": Server._open_leg,
+    "label": Server._label,
     "install": Server._install,
     "exports": Server._exports,
     "listen": Server._listen,

@@ -168,6 +168,10 @@ def _add_groups(app: FastAPI, service: Service) -> None:
     async def show_group(name: str) -> dict[str, Any]:
         return group_view(service, service.store.group(name))
 
+    @app.post("/groups/{name}/accept")
+    async def accept_group(name: str) -> dict[str, Any]:
+        return {"generation": await service.accept_group(name)}
+
     @app.delete("/groups/{name}")
     async def remove_group(name: str) -> dict[str, Any]:
         return {"unreached": await service.remove_group(name)}

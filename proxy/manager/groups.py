@@ -11,7 +11,7 @@ import trio
 from backends import DeviceError, OpenDevice, parse_device_url
 from backends.signature import foreign_signature
 from proxy.errors import InvalidError, LabelError, RefusedError, StandfastError
-from proxy.label import LABEL_SIZE, Label, LabelMissingError, data_offset_for, label_of
+from proxy.label import LABEL_SIZE, Label, LabelMissingError, check_label, data_offset_for, label_of
 from proxy.model import BLOCK_SIZE_MAX, DeviceId, Group, GroupId, Layout, check_name
 from proxy.model import Device as GroupDevice
 from proxy.store import NewDevice, Store
@@ -183,6 +183,29 @@ async def _check_written(candidate: _Candidate, uuid: UUID) -> None:
 async def _write(candidate: _Candidate, data: bytes) -> None:
     await candidate.device.write(0, data)
     await candidate.device.flush()
+
+
+async def accept_labels(store: Store, group: Group) -> int:
+    """Take the labels of a group's devices for right although they are older, or newer, than the store says.
+
+    Returns:
+        The newest generation among them.
+
+    Raises:
+        RefusedError: a device cannot be reached, or is not the group's; nothing has changed.
+    """
+    generations = []
+    for device in group.devices:
+        try:
+            async with await parse_device_url(device.url).open(create=False) as opened:
+                label = Label.decode(await opened.read(0, LABEL_SIZE), url=device.url)
+                expected = label_of(group, device, map_generation=label.map_generation)
+                check_label(label, expected, least_generation=0, url=device.url, size=opened.info.size)
+        except (DeviceError, LabelError) as error:
+            raise RefusedError(str(error)) from error
+        generations.append(label.map_generation)
+    store.set_label_generations(group.id, min(generations), max(generations))
+    return max(generations)
 
 
 async def wipe_labels(group: Group) -> list[str]:

@@ -9,9 +9,11 @@ from typing import Any
 
 import trio
 
+from proxy.errors import StoreError, StoreOutdatedError
 from proxy.extentmap import Run
 from proxy.failover import Evidence, EvidenceKind
 from proxy.manager import messages
+from proxy.manager.labels import GroupLabels, LabelOrder
 from proxy.manager.link import CommandError, Link, ServerGoneError
 from proxy.manager.settings import Settings
 from proxy.model import Group
@@ -30,6 +32,7 @@ _EVIDENCE = {
 class Leg:
     """A leg opened in the domain server; ``number`` is its id there.
 
+    ``stale``: what of it was older than the store said, a line each, so that all of it is to be copied.
     ``fresh_at``: when it was opened again after a loss, on trio's clock; None once it is in use.
     ``repaired_at``: when reads of it were repaired, on the same clock, as far back as counts.
     """
@@ -40,6 +43,7 @@ class Leg:
     copying: bool = False
     copied: bool = False
     copied_bytes: int = 0
+    stale: list[str] = field(default_factory=list)
     closing: bool = False
     repaired_at: deque[float] = field(default_factory=deque)
 
@@ -81,24 +85,52 @@ class Legs:
 
     # --- Opening ----------------------------------------------------------------------------------
 
-    async def connect(self, group: Group, runs: tuple[Run, ...], *, fresh: bool) -> Leg | Evidence:
-        """Open a leg in the domain server; or what speaks against it."""
+    async def connect(
+        self, group: Group, runs: tuple[Run, ...], labels: GroupLabels, *, fresh: bool, stale_welcome: bool
+    ) -> Leg | Evidence:
+        """Open a leg in the domain server and have it labelled anew; or what speaks against it.
+
+        Args:
+            labels: of the group.
+            fresh: it was lost, and is opened again.
+            stale_welcome: it may be older than the store says: all of it will be copied then.
+
+        Raises:
+            StoreOutdatedError: a device knows of more than the store does.
+        """
         leg = Leg(group, self._numbers.take())
         try:
+            async with labels.begun(stale_welcome=stale_welcome) as order:
+                return await self._connect(leg, runs, order, fresh=fresh)
+        except StoreOutdatedError:
+            raise
+        except StoreError as error:
+            return Evidence(EvidenceKind.UNREACHABLE, f"group {group.name}", detail=str(error))
+
+    async def _connect(
+        self, leg: Leg, runs: tuple[Run, ...], labels: LabelOrder, *, fresh: bool
+    ) -> Leg | Evidence:
+        group = leg.group
+        try:
             with trio.move_on_after(OPEN_TIMEOUT_S) as patience:
-                await self._link.call(
+                leg.stale = await self._link.call(
                     "open-leg",
                     limit_s=math.inf,
                     leg=leg.number,
                     group=group.name,
-                    devices=messages.device_orders(group, runs),
+                    uuid=str(group.uuid),
+                    devices=messages.device_orders(group, runs, labels.generation),
+                    labels=labels.allowed,
                     timeout_s=self._settings.deadline_ms / 1000,
                 )
+                labels.written()
             if patience.cancelled_caught:
                 await self._link.call("close-leg", leg=leg.number)
                 detail = f"could not be opened within {OPEN_TIMEOUT_S} s"
                 return Evidence(EvidenceKind.UNREACHABLE, f"group {group.name}", detail=detail)
         except CommandError as error:
+            if error.details.get("is_newer"):
+                raise StoreOutdatedError(error.details["text"]) from error
             position = error.details.get("position")
             device = f"group {group.name}" if position is None else group.devices[position].url
             detail = error.details["text"].removeprefix(f"{device}: ")

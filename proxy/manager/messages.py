@@ -14,12 +14,12 @@ from proxy.sizes import format_size
 from proxy.store import DiskRecord, NewEvent
 
 
-def device_orders(group: Group, runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """The devices of an ``open-leg`` command, in order."""
+def device_orders(group: Group, runs: Sequence[Run], generation: int) -> list[dict[str, Any]]:
+    """The devices of an ``open-leg`` or ``label`` command, in order, with the labels to be written."""
     return [
         {
             "url": device.url,
-            "label": b64encode(label_of(group, device, map_generation=0).encode()).decode(),
+            "label": b64encode(label_of(group, device, map_generation=generation).encode()).decode(),
             "ranges": ranges,
         }
         for device, ranges in zip(group.devices, device_ranges(group, runs), strict=True)

@@ -19,6 +19,7 @@ from proxy.allocator import allot, allot_ranges, grow_ranges, round_up
 from proxy.errors import InvalidError, NotFoundError, RefusedError
 from proxy.failover import Change, LegRecord, Record
 from proxy.manager import groups, process
+from proxy.manager.labels import Labels
 from proxy.manager.legs import is_remote
 from proxy.manager.session import Order, Session
 from proxy.manager.settings import Settings
@@ -62,6 +63,7 @@ class Service:
         self.settings = settings
         self.run_directory = run
         self._bitmaps = bitmaps
+        self._labels = Labels(store)
         self.supervisors: dict[str, Supervisor] = {}
         self._nursery: trio.Nursery | None = None
         self._site = trio.Lock()
@@ -96,6 +98,7 @@ class Service:
             store=self.store,
             settings=self.settings,
             directory=self.run_directory / name,
+            labels=self._labels,
             bitmap=self._bitmap(self.store.domain(name)),
             changed=self.note_change,
         )
@@ -134,6 +137,22 @@ class Service:
             group = await groups.create_group(self.store, name, urls, parsed, force=force, at=time.time())
             self.note_change()
             return group
+
+    async def accept_group(self, name: str) -> int:
+        """Take a group's devices as they are, although the store says otherwise; the generation they have.
+
+        Raises:
+            NotFoundError, RefusedError: there is none, or a device cannot be reached or is not its.
+        """
+        async with self._labelling:
+            group = self.store.group(name)
+            generation = await groups.accept_labels(self.store, group)
+            self.store.add_events(
+                [NewEvent(Severity.WARNING, "group-accepted", f"group {name} was accepted as it is")],
+                time.time(),
+            )
+            self.note_change()
+            return generation
 
     async def remove_group(self, name: str) -> list[str]:
         """Forget a group and take the labels off its devices; what could not be reached is returned.

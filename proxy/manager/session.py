@@ -16,7 +16,8 @@ from typing import Any
 
 import trio
 
-from proxy.errors import RefusedError, StoreError
+from proxy.errors import RefusedError, StoreError, StoreOutdatedError
+from proxy.extentmap import Run
 from proxy.failover import (
     Adopted,
     Change,
@@ -46,6 +47,7 @@ from proxy.failover import (
     Transition,
 )
 from proxy.manager import maps, messages
+from proxy.manager.labels import Labels
 from proxy.manager.legs import Leg, Legs, Numbers, evidence_of, is_evidence, is_remote
 from proxy.manager.link import CommandError, Link, ServerGoneError
 from proxy.manager.settings import Settings
@@ -109,6 +111,7 @@ class Session:
         nursery: for openings in the background.
         post, queue: both ends of the domain's queue, which outlives this session.
         numbers: for the domain's legs; they outlive this session too.
+        labels: of the manager's groups.
         bitmap: the file of the dirty bitmap.
         making: numbers of disks that somebody is making.
         changed: called when what an operator sees may have changed.
@@ -125,6 +128,7 @@ class Session:
         post: trio.MemorySendChannel[Item],
         queue: trio.MemoryReceiveChannel[Item],
         numbers: Numbers,
+        labels: Labels,
         bitmap: Path,
         making: Set[int],
         changed: Callable[[], None],
@@ -136,6 +140,7 @@ class Session:
         self.legs = Legs(link, settings, numbers)
         self.stuck = ""
         self._making = making
+        self._labels = labels
         self._bitmap = bitmap
         self._settings = settings
         self._nursery = nursery
@@ -149,6 +154,7 @@ class Session:
         self._door_due = ""  # the TCP address that could not be had yet
         self._hold_number = 0
         self._unsettled: int | None = None
+        self._unlabelled = ""  # the group that has become active, until clients are served from it
         self._with_record = StoreChange()  # what goes into the transaction of the next record
         self._store_error = ""
 
@@ -169,15 +175,18 @@ class Session:
         lost: dict[str, Evidence] = {}
 
         async def open_one(group: str) -> None:
-            result = await self.legs.connect(groups[group], domain.runs[group], fresh=False)
+            result = await self._connect(groups[group], domain.runs[group], fresh=False)
             if isinstance(result, Leg):
                 self.legs.open[group] = result
             else:
                 lost[group] = result
 
-        async with trio.open_nursery() as nursery:
-            for group in domain.record.attached():
-                nursery.start_soon(open_one, group)
+        try:
+            async with trio.open_nursery() as nursery:
+                for group in domain.record.attached():
+                    nursery.start_soon(open_one, group)
+        except* StoreOutdatedError as outdated:
+            raise outdated.exceptions[0] from None
         if self.link.gone.is_set():
             raise ServerGoneError("it has ended")
         for record in domain.record.legs:
@@ -478,6 +487,9 @@ class Session:
             case Release():
                 self.stuck = ""
                 await self.link.call("release")
+                if self._unlabelled:
+                    self._nursery.start_soon(self._label, self._unlabelled)
+                    self._unlabelled = ""
             case RejectParked():
                 await self.link.call("reject-parked")
             case Stuck(reason):
@@ -512,6 +524,7 @@ class Session:
         self._with_record = StoreChange()
         if receipt is not None:
             self._unsettled = receipt.generation
+            self._unlabelled = receipt.target
         return Recorded()
 
     async def _install(self, record: Record) -> None:
@@ -558,8 +571,40 @@ class Session:
 
     async def _open(self, group: str) -> None:
         runs = self.store.domain(self.name).runs[group]
-        result = await self.legs.connect(self._groups()[group], runs, fresh=True)
+        result: Leg | Evidence
+        try:
+            result = await self._connect(self._groups()[group], runs, fresh=True)
+        except StoreOutdatedError as error:
+            # Of a leg that has been away: whoever serves now has not noticed anything, and goes on.
+            result = Evidence(EvidenceKind.UNREACHABLE, f"group {group}", detail=str(error))
         self._post.send_nowait(Opened(self.link, group, result))
+
+    async def _connect(self, group: Group, runs: tuple[Run, ...], *, fresh: bool) -> Leg | Evidence:
+        outdated = self.machine.record.leg(group.name).state is LegState.OUTDATED
+        result = await self.legs.connect(
+            group, runs, self._labels.of(group), fresh=fresh, stale_welcome=outdated
+        )
+        if isinstance(result, Leg) and result.stale:
+            message = f"domain {self.name}: {group.name} is copied whole: {'; '.join(result.stale)}"
+            self.tell(Severity.WARNING, "stale-leg", message)
+        return result
+
+    async def _label(self, group: str) -> None:
+        """Label a leg anew that has become the active one, so that a store of before is known for what it is."""
+        whole = self._groups()[group]
+        try:
+            async with self._labels.of(whole).begun(stale_welcome=False) as order:
+                runs = self.store.domain(self.name).runs[group]
+                await self.link.call(
+                    "label",
+                    limit_s=math.inf,
+                    devices=messages.device_orders(whole, runs, order.generation),
+                    labels=order.allowed,
+                    timeout_s=self._settings.deadline_ms / 1000,
+                )
+                order.written()
+        except (CommandError, ServerGoneError, StoreError) as error:
+            log.warning("domain %s: %s could not be labelled anew: %s", self.name, group, error)
 
     async def _listen(self, address: str, *, is_new: bool) -> None:
         """Open the TCP door. Where it was before, somebody else may be; the Unix door is open all the same."""

@@ -16,6 +16,7 @@ import trio
 
 from proxy.errors import RefusedError, StandfastError, StoreError
 from proxy.manager import process
+from proxy.manager.labels import Labels
 from proxy.manager.legs import Numbers
 from proxy.manager.link import CommandError, Link, ServerGoneError
 from proxy.manager.session import Item, Order, Session, Told, nothing
@@ -47,6 +48,7 @@ class Supervisor:
         name: of the domain, which is in the store.
         store, settings: the manager's.
         directory: where the domain server has its sockets.
+        labels: of the manager's groups.
         bitmap: the file of its dirty bitmap.
         changed: called when what an operator sees may have changed.
     """
@@ -58,11 +60,13 @@ class Supervisor:
         store: Store,
         settings: Settings,
         directory: Path,
+        labels: Labels,
         bitmap: Path,
         changed: Callable[[], None],
     ) -> None:
         self.name = name
         self.directory = directory
+        self._labels = labels
         self._bitmap = bitmap
         self.settled = trio.Event()  # the first start has come to an end, good or bad
         self.ended = trio.Event()
@@ -227,6 +231,7 @@ class Supervisor:
                     post=self._post,
                     queue=self._queue,
                     numbers=self._numbers,
+                    labels=self._labels,
                     bitmap=self._bitmap,
                     making=self.making,
                     changed=self._changed,

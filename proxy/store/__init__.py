@@ -22,6 +22,7 @@ from proxy.model import (
     Event,
     FailoverReceipt,
     Group,
+    GroupId,
     Layout,
     Replication,
     Severity,
@@ -115,6 +116,14 @@ class Store(Protocol):
         self, name: str, uuid: UUID, layout: Layout, devices: Sequence[NewDevice], at: float
     ) -> Group:
         """Record a group; RefusedError when the name is taken."""
+        ...
+
+    def label_generations(self, group: GroupId) -> tuple[int, int]:
+        """Of the labels of a group's devices: the newest that certainly is there, and the newest that may be."""
+        ...
+
+    def set_label_generations(self, group: GroupId, labelled: int, generation: int) -> None:
+        """Record the two, durably."""
         ...
 
     def remove_group(self, name: str, at: float) -> None:

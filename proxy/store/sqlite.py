@@ -135,6 +135,9 @@ _MIGRATIONS = (
     """,
     """
     ALTER TABLE attachments ADD COLUMN session INTEGER NOT NULL DEFAULT 0;
+    -- Of the labels of its devices: the newest that may be there, and the newest that certainly was.
+    ALTER TABLE groups ADD COLUMN generation INTEGER NOT NULL DEFAULT 0;
+    ALTER TABLE groups ADD COLUMN labelled INTEGER NOT NULL DEFAULT 0;
     """,
     """
     CREATE TABLE verifies (
@@ -284,6 +287,19 @@ class SqliteStore:
                 at,
             )
         return self.group(name)
+
+    def label_generations(self, group: GroupId) -> tuple[int, int]:
+        with self._errors():
+            labelled, generation = self._db.execute(
+                "SELECT labelled, generation FROM groups WHERE id = ?", (group,)
+            ).fetchone()
+            return int(labelled), int(generation)
+
+    def set_label_generations(self, group: GroupId, labelled: int, generation: int) -> None:
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE groups SET labelled = ?, generation = ? WHERE id = ?", (labelled, generation, group)
+            )
 
     def remove_group(self, name: str, at: float) -> None:
         group = self.group(name)

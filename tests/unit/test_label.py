@@ -15,6 +15,7 @@ from proxy.label import (
     LabelDamagedError,
     LabelMismatchError,
     LabelMissingError,
+    LabelStaleError,
     LabelVersionError,
     check_label,
     data_offset_for,
@@ -113,13 +114,22 @@ def test_label_with_a_name_that_is_not_text_is_decoded_all_the_same() -> None:
 
 
 def test_check_label_of_the_expected_device_passes_even_when_it_grew() -> None:
-    check_label(LABEL, LABEL, url=URL, size=LABEL.device_size)
-    check_label(LABEL, LABEL, url=URL, size=2 * LABEL.device_size)
-    check_label(LABEL, replace(LABEL, map_generation=8), url=URL, size=LABEL.device_size)
+    check_label(LABEL, LABEL, least_generation=0, url=URL, size=LABEL.device_size)
+    check_label(LABEL, LABEL, least_generation=0, url=URL, size=2 * LABEL.device_size)
+    check_label(LABEL, replace(LABEL, map_generation=8), least_generation=0, url=URL, size=LABEL.device_size)
+
+
+def test_check_label_older_than_the_store_is_stale() -> None:
+    with pytest.raises(LabelStaleError, match="generation 8 at least, found 7"):
+        check_label(
+            LABEL, replace(LABEL, map_generation=9), least_generation=8, url=URL, size=LABEL.device_size
+        )
 
 
 def test_check_label_of_a_renamed_group_passes() -> None:
-    check_label(LABEL, replace(LABEL, group_name="renamed"), url=URL, size=LABEL.device_size)
+    check_label(
+        LABEL, replace(LABEL, group_name="renamed"), least_generation=0, url=URL, size=LABEL.device_size
+    )
 
 
 @pytest.mark.parametrize(
@@ -144,7 +154,7 @@ def test_check_label_of_another_device_is_refused_naming_expected_and_found(
     found: Label, size: int, named: list[str]
 ) -> None:
     with pytest.raises(LabelMismatchError) as caught:
-        check_label(found, LABEL, url=URL, size=size)
+        check_label(found, LABEL, least_generation=0, url=URL, size=size)
 
     message = str(caught.value)
     assert message.startswith(f"{URL}: expected ")
