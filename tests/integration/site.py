@@ -41,6 +41,7 @@ class Site:
         self.devices: dict[str, subprocess.Popen[bytes]] = {}
         self.filters: dict[str, list[str]] = {}  # arguments of nbdkit, by device
         self.manager: subprocess.Popen[bytes] | None = None
+        self.command = [sys.executable, "-m", "proxy.cli.main"]
         (self.directory / "config.toml").write_text(settings)
         transport = httpx.AsyncHTTPTransport(uds=str(self.run / "control.sock"))
         self.http = httpx.AsyncClient(transport=transport, base_url="http://standfast", timeout=60)
@@ -52,7 +53,7 @@ class Site:
         with (self.directory / "serve.log").open("ab") as log:
             self.manager = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "proxy.cli.main", "serve", "--keep-domains"),
+                    *(*self.command, "serve", "--keep-domains"),
                     *("--state", str(self.state), "--run", str(self.run)),
                     *("--config", str(self.directory / "config.toml")),
                 ],
@@ -227,6 +228,17 @@ async def site(*, settings: str = "", state: Path | None = None) -> AsyncIterato
     finally:
         with trio.CancelScope(shield=True):
             await made.close()
+
+
+def domain_servers(made: Site) -> set[int]:
+    """Every process that serves a domain of this site, or is about to."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            words = path.read_text(errors="replace").split("\0")
+            if "proxy.domainserver" in words and any(word.startswith(f"{made.run}/") for word in words):
+                found.add(int(path.parent.name))
+    return found
 
 
 class WitnessError(AssertionError):

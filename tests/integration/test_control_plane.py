@@ -23,7 +23,7 @@ import trio
 
 from backends import open_device
 from proxy.manager.supervisor import STATUS_PATIENCE_S, STOP_PATIENCE_S
-from tests.integration.site import BLOCK, Site, Witness
+from tests.integration.site import BLOCK, Site, Witness, domain_servers
 from tests.integration.test_failover import QUICK
 
 pytestmark = [
@@ -60,17 +60,6 @@ async def started(settings: str, *, keep_domains: bool = True) -> AsyncIterator[
                 with suppress(ProcessLookupError):
                     os.kill(server, signal.SIGKILL)
             await made.close()
-
-
-def domain_servers(made: Site) -> set[int]:
-    """Every process that serves a domain of this site, or is about to."""
-    found = set()
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):
-            words = path.read_text(errors="replace").split("\0")
-            if "proxy.domainserver" in words and any(word.startswith(f"{made.run}/") for word in words):
-                found.add(int(path.parent.name))
-    return found
 
 
 async def wait_another_server(made: Site, before: Iterable[int] = ()) -> None:
