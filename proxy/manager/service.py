@@ -23,7 +23,7 @@ from proxy.manager.labels import Labels
 from proxy.manager.legs import is_remote
 from proxy.manager.session import Order, Session
 from proxy.manager.settings import Settings
-from proxy.manager.supervisor import Supervisor
+from proxy.manager.supervisor import STOP_PATIENCE_S, Supervisor
 from proxy.model import (
     LEGS_MAX,
     Desired,
@@ -82,6 +82,7 @@ class Service:
                 if domain.desired is Desired.ONLINE:
                     self._supervise(domain.domain.name)
             try:
+                await self._finish_stops()
                 yield
             finally:
                 # By now nobody gives orders any more.
@@ -90,6 +91,31 @@ class Service:
                         for supervisor in self.supervisors.values():
                             ending.start_soon(supervisor.leave if keep_domains else supervisor.stop)
                 nursery.cancel_scope.cancel()
+
+    async def _finish_stops(self) -> None:
+        """End domain servers that a manager before us had recorded as stopped, and then died.
+
+        Before anybody gives orders: the space of a domain in maintenance may be given to another.
+        """
+        for domain in self.store.domains():
+            name = domain.domain.name
+            if domain.desired is Desired.MAINTENANCE and self._is_served(domain):
+                log.info("domain %s was being taken offline; that is done now", name)
+                supervisor = self._supervise(name)
+                with trio.move_on_after(STOP_PATIENCE_S):
+                    await supervisor.settled.wait()  # only who has adopted it can end it cleanly
+                await self.supervisors.pop(name).stop()
+
+    def _is_served(self, domain: DomainRecord) -> bool:
+        try:
+            running = process.find(self.run_directory / domain.domain.name, domain.domain.uuid)
+        except process.StartingError:
+            return True
+        except process.StartError:
+            return False  # somebody else's
+        if running is not None:
+            running.close()
+        return running is not None
 
     def _supervise(self, name: str) -> Supervisor:
         assert self._nursery is not None
