@@ -173,6 +173,18 @@ def grow_ranges(
     return tuple(ranges)
 
 
+def shrink_ranges(held: Sequence[Range], size: int) -> tuple[Range, ...]:
+    """The first of the space of a disk, as much as ``size`` bytes need; ``held`` has at least that."""
+    needed = round_up(size)
+    ranges = []
+    for offset, length in held:
+        if needed:
+            ranges.append(Range(offset, min(length, needed)))
+            needed -= ranges[-1].length
+    assert not needed, (held, size)
+    return tuple(ranges)
+
+
 def _step(group: Group) -> int:
     """What a run on one device of ``group`` is a multiple of."""
     if group.layout.kind is LayoutKind.STRIPED:

@@ -489,6 +489,8 @@ class Service:
         async def allot_more(session: Session) -> DiskRecord:
             domain = self.store.domain(name)
             disk = self.disk(name, disk_name)
+            if disk.number in supervisor.making:
+                raise RefusedError(f"disk {name}/{disk_name} is being resized already")
             if size_bytes < disk.size:
                 raise RefusedError(
                     f"disk {name}/{disk_name} has {format_size(disk.size)}; it cannot shrink to "
@@ -501,6 +503,7 @@ class Service:
                 await session.change(
                     Change({}, f"disk {disk_name} gets more space"), StoreChange(resize_disk=larger)
                 )
+            supervisor.making.add(disk.number)
             return replace(disk, ranges=ranges)
 
         async def show(session: Session) -> None:
@@ -510,15 +513,22 @@ class Service:
                 f"disk {name}/{disk_name} has {format_size(size_bytes)} now",
                 name,
             )
+            if self.disk(name, disk_name).number != disk.number:
+                raise RefusedError(f"disk {name}/{disk_name} was removed meanwhile")
             grown = replace(disk, size=size_bytes)
             await session.change(
                 Change({}, f"disk {disk_name} grows"), StoreChange(resize_disk=grown, events=[event])
             )
 
         disk = await supervisor.do(allot_more)
-        # All beyond the old end, since an earlier attempt may have allotted it and not zeroed it.
-        await self._zero(supervisor, disk, round_up(disk.size), _space(disk))
-        await supervisor.do(show)
+        try:
+            # All beyond the old end, since an earlier attempt may have allotted it and not zeroed it.
+            await self._zero(supervisor, disk, round_up(disk.size), _space(disk))
+            await supervisor.do(show)
+        finally:
+            # If it has not grown by now the session takes the space back, as after a crash.
+            supervisor.making.discard(disk.number)
+            supervisor.nudge()
         self.note_change()
         return self.disk(name, disk_name)
 

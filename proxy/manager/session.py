@@ -16,6 +16,7 @@ from typing import Any
 
 import trio
 
+from proxy.allocator import shrink_ranges
 from proxy.errors import RefusedError, StoreError, StoreOutdatedError
 from proxy.extentmap import Run
 from proxy.failover import (
@@ -562,7 +563,7 @@ class Session:
         if self.machine.phase is Phase.SERVING:
             await self._advance_copies()
         if self.machine.phase is Phase.SERVING:
-            await self._remove_half_made()
+            await self._undo_half_made()
 
     def _begin_open(self, group: str) -> None:
         """Open a leg while the queue goes on: a hung device must not keep a failover waiting."""
@@ -676,12 +677,19 @@ class Session:
                 log.warning("domain %s: %s", self.name, error)
             return
 
-    async def _remove_half_made(self) -> None:
-        """Remove a disk whose making was cut short by a crash; nobody has ever seen it."""
+    async def _undo_half_made(self) -> None:
+        """Undo what making or growing a disk was cut short in by a crash; nobody has ever seen it."""
         for disk in self.store.domain(self.name).disks:
-            if not disk.ready and disk.number not in self._making:
+            if disk.number in self._making:
+                continue
+            if not disk.ready:
                 reason = f"half-made disk {disk.name} is removed"
                 await self.change(Change({}, reason), StoreChange(remove_disk=disk.number))
+                return
+            ranges = shrink_ranges(disk.ranges, disk.size)
+            if ranges != disk.ranges:
+                reason = f"space that disk {disk.name} did not grow into is taken back"
+                await self.change(Change({}, reason), StoreChange(resize_disk=replace(disk, ranges=ranges)))
                 return
 
     # --- What orders are made of ------------------------------------------------------------------

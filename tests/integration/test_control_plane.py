@@ -117,7 +117,7 @@ async def slow_device(made: Site, name: str, megabytes: int, *, write_ms: int) -
     os.truncate(image, megabytes << 20)
     command = ["nbdkit", "-f", "-U", str(path), "--filter=delay", "file", str(image)]
     made.devices[name] = subprocess.Popen(
-        [*command, f"delay-write={write_ms}ms"], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [*command, f"wdelay={write_ms}ms"], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     with trio.fail_after(PATIENCE_S):
         while True:

@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.allocator import allot, allot_ranges, free_ranges, free_runs, free_size, grow_ranges, round_up
+from proxy.allocator import (
+    allot,
+    allot_ranges,
+    free_ranges,
+    free_runs,
+    free_size,
+    grow_ranges,
+    round_up,
+    shrink_ranges,
+)
 from proxy.errors import RefusedError
 from proxy.extentmap import EXTENTS_MAX, Extent, ExtentMap, Range, Run, group_map
 from proxy.model import ALLOCATION_UNIT as UNIT
@@ -284,6 +293,16 @@ def test_grow_ranges_free_space_behind_extends_in_place() -> None:
 def test_grow_ranges_more_than_the_space_behind_goes_on_elsewhere() -> None:
     held, taken = (Range(0, UNIT),), [Range(3 * UNIT, UNIT)]
     assert grow_ranges(10 * UNIT, taken, held, 4 * UNIT) == (Range(0, 3 * UNIT), Range(4 * UNIT, UNIT))
+
+
+def test_shrink_ranges_takes_back_what_growing_gave() -> None:
+    held = (Range(3 * UNIT, 2 * UNIT), Range(0, UNIT))
+    taken = [Range(6 * UNIT, UNIT)]
+    grown = grow_ranges(10 * UNIT, taken, held, 6 * UNIT)
+    assert len(grown) > len(held)
+    assert shrink_ranges(grown, 3 * UNIT - 1) == held
+    assert shrink_ranges(grown, 6 * UNIT) == grown
+    assert shrink_ranges(grown, UNIT + 1) == (Range(3 * UNIT, 2 * UNIT),)
 
 
 def test_grow_ranges_too_large_is_refused_with_the_arithmetic() -> None:
