@@ -19,7 +19,7 @@ What is checked
     * By ``tests.sim.history``, the checker of the simulator: each cell of each disk is a linearizable register.
       No acknowledged write lost, no stale read, no torn sector, no read back in time. A write whose connection
       ended may have happened or not, until something of the next server's has been answered: no later.
-    * No connection ends but with its server, and no server unless it was killed.
+    * No connection ends but with its server, and no server that has answered anything unless it was killed.
     * A client is told of an error only while devices had errors and there was no other leg that could do better.
     * A new disk reads as zeroes.
     * Every few seconds all is healed, and then: every request is answered, every leg becomes up to date, all of

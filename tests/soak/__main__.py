@@ -26,7 +26,9 @@ def main() -> int:
     try:
         trio.run(soak.run, options.minutes * 60)
     except Exception:
-        traceback.print_exc()
+        for name, lines in soak.logs.items():
+            print(f"--- {name}", *lines, sep="\n")
+        traceback.print_exc(file=sys.stdout)
         tell(soak.history.happened)
         print(f"\nseed {seed} at commit {commit()} broke a promise; its choices again:")
         print(f"  python -m tests.soak --minutes {options.minutes} --seed {seed}")

@@ -83,6 +83,10 @@ class Servers:
         self._settle(self._newest)
         self._newest = server
 
+    def has_answered(self, server: int) -> bool:
+        """Whether a server has ever answered a request."""
+        return server == self._newest or server in self._past
+
     def settle_all(self) -> None:
         """Nothing runs any more."""
         for server in list(self._undecided):
@@ -168,11 +172,12 @@ class Connection:
         self.waiting.clear()
 
     async def check_end(self) -> None:
-        """The connection has ended, not by us. Raises Violation unless its server has been killed."""
+        """The connection has ended, not by us. Raises Violation unless its server was killed, or never served."""
         with trio.move_on_after(DEATH_PATIENCE_S):
             while is_alive(self.server):
                 await trio.sleep(0.01)
-        if self.server not in self._servers.killed:
+        # A manager that finds one which another had only begun to start replaces it.
+        if self.server not in self._servers.killed and self._servers.has_answered(self.server):
             what = "lives" if is_alive(self.server) else "ended by itself"
             raise Violation(f"a connection ended, and its server (pid {self.server}) {what}")
 

@@ -33,6 +33,8 @@ PERIOD_S = 15.0
 REST_S = 60.0
 #: Between an answer and what the manager shows, on a machine that is busy.
 SHOWN_LATE_S = 1.0
+#: Of each log, to look into a violation: the last seconds of trouble.
+LOG_LINES = 120
 
 
 class Soak:
@@ -40,9 +42,14 @@ class Soak:
 
     Args:
         seed: of all choices.
+
+    Attributes:
+        history: what clients were told, and how often what happened.
+        logs: when it has failed, the last lines of the manager and the domain server.
     """
 
     def __init__(self, seed: int) -> None:
+        self.logs: dict[str, list[str]] = {}
         self._choices = random.Random(seed)
         self.history = LongHistory(
             {disk: size // SECTOR * CELLS_PER_SECTOR for disk, size in DISK_SIZES.items()}
@@ -59,15 +66,20 @@ class Soak:
             until = trio.current_time() + seconds
             while (left_s := until - trio.current_time()) > 0:
                 await self._period(min(PERIOD_S, left_s))
+        except BaseException:
+            self._keep_logs()
+            raise
         finally:
             with trio.CancelScope(shield=True):
                 for device in self._devices():
                     device.kill()
                 await self._made.close()
 
-    async def log(self) -> str:
-        """What the manager has to say of it all, for whoever looks into a violation."""
-        return (self._made.directory / "serve.log").read_text()
+    def _keep_logs(self) -> None:
+        """For whoever looks into a violation."""
+        for path in (self._made.directory / "serve.log", self._made.run / DOMAIN / "server.log"):
+            if path.exists():
+                self.logs[path.name] = path.read_text(errors="replace").splitlines()[-LOG_LINES:]
 
     def _devices(self) -> list[Device]:
         return [device for devices in self._groups.values() for device in devices]
