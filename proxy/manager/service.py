@@ -83,6 +83,7 @@ class Service:
                     self._supervise(domain.domain.name)
             try:
                 await self._finish_stops()
+                self._drop_orphans()
                 yield
             finally:
                 # By now nobody gives orders any more.
@@ -105,6 +106,13 @@ class Service:
                 with trio.move_on_after(STOP_PATIENCE_S):
                     await supervisor.settled.wait()  # only who has adopted it can end it cleanly
                 await self.supervisors.pop(name).stop()
+
+    def _drop_orphans(self) -> None:
+        """Remove the dirty bitmaps of domains whose removal a crash cut short."""
+        known = {str(domain.domain.uuid) for domain in self.store.domains()}
+        for path in self._bitmaps.iterdir():
+            if path.name.removesuffix(".new") not in known:
+                path.unlink(missing_ok=True)
 
     def _is_served(self, domain: DomainRecord) -> bool:
         try:

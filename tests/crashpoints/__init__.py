@@ -15,7 +15,7 @@ disk that is not the operation's. After each the manager is started again, and t
 * the client has not noticed, and every acknowledged write is on every leg that can become active;
 * the site is as before the operation or as after it: groups, domains, disks, sizes, who is active, how much
   of each group is free, and of each domain's space exactly what its disks need is taken;
-* each domain that should serve does, and no other domain server runs;
+* each domain that should serve does, no other domain server runs, and no other dirty bitmap is kept;
 * the operation can be given again, as an operator would, and then has happened;
 * all can be removed in the end, and of the devices nothing is kept.
 """

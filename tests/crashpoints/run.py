@@ -111,6 +111,7 @@ async def _crash(
                 assert await inventory(made) == after
         await _check_legs(made, witness)
         await _check_servers(made)
+        await _check_bitmaps(made)
         await _remove_all(made, keeps_label=operation.name == "group-remove")
         return Outcome(operation.name, number, side, _steps(trap)[number - 1], found == after)
 
@@ -242,6 +243,13 @@ async def _check_servers(made: Site) -> None:
     assert domain_servers(made) == serving
 
 
+async def _check_bitmaps(made: Site) -> None:
+    """There is no dirty bitmap of a domain that is no more."""
+    domains = await made.order("GET", "/domains")
+    known = {(await made.show(one["name"]))["uuid"] for one in domains}
+    assert {path.name for path in (made.state / "bitmaps").iterdir()} <= known
+
+
 async def _remove_all(made: Site, *, keeps_label: bool) -> None:
     """Remove every object; each can be, and nothing is left of any.
 
@@ -256,6 +264,7 @@ async def _remove_all(made: Site, *, keeps_label: bool) -> None:
         await made.order("DELETE", f"/domains/{name}")
         assert not (made.run / name).exists()
     assert not domain_servers(made)
+    await _check_bitmaps(made)
     for group in await made.order("GET", "/groups"):
         assert group["free"] == group["size"]
         assert await made.order("DELETE", f"/groups/{group['name']}") == {"unreached": []}
