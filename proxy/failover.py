@@ -14,6 +14,20 @@ One failover, in the order that keeps the promise (fence before ack)::
 Losing a backup, a leg that is synced, a new disk: the same path, so there is one to prove right; those
 that cannot lose a write skip the hold. When no leg is left to go to, the machine is HELD: clients
 wait, nothing is acknowledged, and the active leg of the record stays the one whose content counts.
+
+A planned switch (Ordered, with nothing against the old active leg when it is recorded) takes the same steps
+and fences nothing: the old active leg becomes a backup and stays up to date. That is right because
+
+* it has every write that was ever acknowledged: it was the active leg while they were;
+* Drained says that nothing runs. A request that has ended well has ended on every attached leg, so what it
+  wrote is on both, and what a read has shown too, since reads wait for the writes they overlap;
+* a request that has not ended well is parked, with its claim, and done again whole on all legs of the next
+  map before anything that overlaps it; until then nobody can see how far it had come on which leg;
+* what parks a request is told as LegLost *before* Drained: the engine puts the evidence, or we had the leg
+  fenced, into the same queue before it counts the request as over. Evidence against the old active leg
+  makes the switch an unplanned failover, however late it comes before the record; after that it is the
+  loss of a backup. (A device whose evidence has been told is silent until the next map is installed or the
+  parked requests are rejected; in between the machine has it in ``lost`` or has nothing to switch to.)
 """
 
 import errno
@@ -101,6 +115,11 @@ class Record:
                 return leg
         raise KeyError(group)
 
+    @property
+    def preferred(self) -> GroupName:
+        """The leg that is active when all is well: a failback goes there."""
+        return self.legs[0].group
+
     def attached(self) -> tuple[GroupName, ...]:
         """Legs that take part: the active one, backups, and those being copied to."""
         states = (LegState.UPTODATE, LegState.SYNCING)
@@ -118,6 +137,13 @@ class Transition:
     @property
     def is_failover(self) -> bool:
         return self.before.active != self.after.active
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether the active leg changes although nothing was wrong with it."""
+        return self.is_failover and any(
+            leg.group == self.before.active and leg.state is LegState.UPTODATE for leg in self.after.legs
+        )
 
 
 class Phase(Enum):
@@ -176,9 +202,10 @@ class LegReturned:
 
 @dataclass(frozen=True, slots=True)
 class Ordered:
-    """The operator wants another leg to be active."""
+    """Another leg is to be active: the operator, or a policy of his, wants it so."""
 
     target: GroupName
+    reason: str = "ordered by the operator"
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,6 +323,7 @@ class Failover:
     phase: Phase = Phase.HELD
     lost: dict[GroupName, Evidence] = field(default_factory=dict)
     target: GroupName | None = None
+    order_reason: str = ""
     fenced: set[GroupName] = field(default_factory=set)
     _held: bool = True
     _transition: Transition | None = None
@@ -348,7 +376,7 @@ class Failover:
     def _next_leg(self, leg: LegRecord, active: GroupName) -> LegRecord:
         if leg.group == active:
             return LegRecord(leg.group, LegState.UPTODATE)
-        if leg.state is not LegState.OUTDATED and leg.group in (*self.lost, self.record.active):
+        if leg.state is not LegState.OUTDATED and leg.group in self.lost:
             # It misses, or will miss, what is acknowledged from now on.
             return LegRecord(leg.group, LegState.OUTDATED, blocked=True)
         if self._resync and leg.state is LegState.UPTODATE:
@@ -360,7 +388,7 @@ class Failover:
 
     def _reason(self, active: GroupName) -> str:
         if active == self.target and self.record.active not in self.lost:
-            return "ordered by the operator"
+            return self.order_reason
         if self.lost:
             named = self.lost.get(self.record.active)
             return str(named if named is not None else next(iter(self.lost.values())))
@@ -376,8 +404,7 @@ class Failover:
             self.phase = Phase.HELD
             return [Hold(), Stuck(self._stuck_reason())]
         self.phase = Phase.DRAINING
-        # An ordered failover leaves the old leg open until what is in flight on it is done.
-        return [Hold(), *self._fence(group for group in self._dropped(transition) if group in self.lost)]
+        return [Hold(), *self._fence(self._dropped(transition))]
 
     def _dropped(self, transition: Transition) -> list[GroupName]:
         attached = transition.after.attached()
@@ -396,11 +423,7 @@ class Failover:
             return [Stuck(self._stuck_reason())]
         self.phase = Phase.RECORDING
         self._transition = transition
-        dropped = self._dropped(transition)
-        for group in dropped:
-            # Fenced, it is lost to us even if this record should never be durable.
-            self.lost.setdefault(group, Evidence(EvidenceKind.OPERATOR))
-        return [*self._fence(dropped), MakeDurable(transition)]
+        return [*self._fence(self._dropped(transition)), MakeDurable(transition)]
 
     def _stuck_reason(self) -> str:
         return f"no up-to-date leg is left to serve from: {'; '.join(map(str, self.lost.values()))}"
@@ -472,6 +495,7 @@ class Failover:
     def _on_ordered_serving(self, event: Ordered) -> list[Effect]:
         self._check_order(event.target)
         self.target = event.target
+        self.order_reason = event.reason
         return self._begin()
 
     def _on_ordered_held(self, event: Ordered) -> list[Effect]:

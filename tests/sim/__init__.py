@@ -35,7 +35,8 @@ What is checked
     From what the devices hold, when a client is answered:
     * a write is on every leg that the store calls up to date; a flush, or a FUA write, durably so;
     * so is what a read has shown, so that no failover can take it back;
-    * a leg that the store comes to call up to date has all that was ever acknowledged or flushed.
+    * a leg that the store comes to call up to date has all that was ever acknowledged or flushed;
+    * so have all legs at a planned switch, and if nothing was wrong with any of them, they hold the same bytes.
     From what is sent where and when:
     * no byte goes to a leg once it is fenced, or to one that takes no part by the store; reads go to the active
       leg, and to an up-to-date backup only once another leg has answered with an error or legs are compared;

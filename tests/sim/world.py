@@ -39,7 +39,7 @@ class Chaos:
         random = agenda.random
         weights = {"resync": random.choice((1, 4, 8)), "verify": random.choice((0, 3, 12))}
         theme = random.choice(
-            ("anything", "anything", "active leg", "backups", "processes", "store", "hangs", "medium")
+            ("anything", "anything", "active leg", "backups", "processes", "store", "hangs", "medium", "orders")
         )
         if theme == "anything":
             weights |= {kind: random.choice((1, 2, 4)) for kind in KINDS if agenda.chance(0.6)}
@@ -51,6 +51,8 @@ class Chaos:
             weights |= {"hang": 6, "stall": 1, "manager crash": random.choice((0, 1)), "resync": 6}
         elif theme == "medium":
             weights |= {"lose active": 2, "sick active": 6, "resync": 8}
+        elif theme == "orders":
+            weights |= {"failover": 8, "break": random.choice((0, 1)), "manager crash": 1, "resync": 8}
         elif theme == "store":
             weights |= {"store full": 3, "failover": 3, "break": 2, "lose active": 1, "resync": 6}
         else:
@@ -382,9 +384,16 @@ class World:
         if self.server is not None:
             self.server.collect()
         if transition.is_failover:
-            self.agenda.count("failovers")
+            self.agenda.count("planned switches" if transition.is_planned else "failovers")
+        if transition.is_planned and transition.before.attached() == transition.after.attached():
+            # Nothing was wrong with any leg, so nothing may be under way on any, nor missing from any.
+            after = transition.after
+            uptodate = [leg.group for leg in after.legs if leg.state is LegState.UPTODATE]
+            self._check_equal(uptodate, f"at the switch from {transition.before.active} to {after.active} ")
         for leg in transition.after.legs:
-            if leg.state is LegState.UPTODATE and transition.before.leg(leg.group).state is not leg.state:
+            if leg.state is LegState.UPTODATE and (
+                transition.is_planned or transition.before.leg(leg.group).state is not leg.state
+            ):
                 self._check_leg(leg.group, f"{leg.group} was recorded up to date", self.history.floors())
                 self._check_leg(
                     leg.group, f"{leg.group} was recorded up to date", self.history.flushed, durable=True
@@ -470,7 +479,13 @@ class World:
 
     def _check_at_rest(self) -> None:
         assert self.server is not None
-        names = list(self.groups)
+        self._check_equal(list(self.groups), "")
+        self._read_everything()
+        memory_bytes = self.server.engine.statistics().memory_bytes
+        if memory_bytes:
+            raise Violation(f"{memory_bytes} bytes of memory are still taken")
+
+    def _check_equal(self, names: list[str], occasion: str) -> None:
         for disk in self.disks:
             contents = [self.groups[name].content(disk.offset, disk.allotted) for name in names]
             for name, content in zip(names, contents, strict=True):
@@ -478,11 +493,9 @@ class World:
                     place = next(
                         i for i, (a, b) in enumerate(zip(content, contents[0], strict=True)) if a != b
                     )
-                    raise Violation(f"{name} differs from {names[0]} at byte {place} of disk {disk.number}")
-        self._read_everything()
-        memory_bytes = self.server.engine.statistics().memory_bytes
-        if memory_bytes:
-            raise Violation(f"{memory_bytes} bytes of memory are still taken")
+                    raise Violation(
+                        f"{occasion}{name} differs from {names[0]} at byte {place} of disk {disk.number}"
+                    )
 
     def _read_everything(self) -> None:
         """A last look at all disks by all clients."""

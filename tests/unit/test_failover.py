@@ -98,15 +98,42 @@ def test_lost_active_leg_is_held_fenced_recorded_installed_and_released_in_this_
     assert (machine.phase, machine.is_held) == (Phase.SERVING, False)
 
 
-def test_ordered_failover_fences_the_old_leg_only_when_nothing_runs_on_it() -> None:
+def test_ordered_switch_fences_nothing_and_keeps_the_old_leg_as_an_up_to_date_backup() -> None:
     machine = serving()
     assert machine.receive(Ordered("b")) == [Hold()]
-    effects = machine.receive(Drained())
+    (effect,) = machine.receive(Drained())
+    assert isinstance(effect, MakeDurable)
+    assert effect.transition.after == record("b", 7)
+    assert effect.transition.reason == "ordered by the operator"
+    assert effect.transition.is_planned
+    assert after(machine, Recorded(), Installed()) == [Release()]
+    assert machine.successor() == "a"
+
+
+def test_ordered_switch_drops_the_old_leg_when_evidence_comes_before_drained() -> None:
+    machine = serving()
+    machine.receive(Ordered("b"))
+    assert machine.receive(LegLost("a", LATE)) == [Fence("a")]
+    (effect,) = machine.receive(Drained())
+    assert isinstance(effect, MakeDurable)
+    assert effect.transition.after == record("b", 7, a=OUTDATED, b=UPTODATE)
+    assert (effect.transition.is_failover, effect.transition.is_planned) == (True, False)
+    assert "nbd://one did not answer in time" in effect.transition.reason
+
+
+def test_ordered_switch_drops_the_old_leg_when_evidence_comes_while_it_is_recorded() -> None:
+    machine = serving()
+    after(machine, Ordered("b"), Drained(), LegLost("a", GONE))
+    effects = machine.receive(Recorded())
     assert effects[0] == Fence("a")
-    assert durable(effects) == record("b", 7, a=OUTDATED, b=UPTODATE)
-    (transition,) = [effect.transition for effect in effects if isinstance(effect, MakeDurable)]
-    assert transition.reason == "ordered by the operator"
-    assert transition.is_failover
+    assert durable(effects) == record("b", 8, a=OUTDATED, b=UPTODATE)
+
+
+def test_ordered_switch_drops_a_third_leg_lost_on_the_way_and_keeps_the_old_one() -> None:
+    machine = serving(record(a=UPTODATE, b=UPTODATE, c=UPTODATE))
+    machine.receive(Ordered("b"))
+    assert machine.receive(LegLost("c", GONE)) == [Fence("c")]
+    assert durable(machine.receive(Drained())) == record("b", 7, a=UPTODATE, b=UPTODATE, c=OUTDATED)
 
 
 def test_lost_backup_is_dropped_and_the_active_leg_stays() -> None:
@@ -178,9 +205,8 @@ def test_change_that_the_store_refuses_leaves_the_domain_serving_as_before() -> 
 
 def test_leg_fenced_for_a_failover_that_was_never_recorded_is_not_served_from() -> None:
     machine = serving()
-    effects = after(machine, Ordered("b"), Drained())
-    assert Fence("a") in effects
-    machine.receive(RecordFailed("no space"))
+    assert machine.receive(LegLost("a", GONE)) == [Hold(), Fence("a")]
+    after(machine, Drained(), RecordFailed("no space"))
     machine.receive(LegLost("b", GONE))
     # The record still says that a is active; but nothing can reach it any more.
     effects = machine.receive(RetryRecord())
@@ -499,6 +525,8 @@ class World:
                     for group in self.store.attached():
                         if group not in after_record.attached():
                             assert group not in self.open, "recorded as dropped before it was fenced"
+                    if effect.transition.is_planned:
+                        assert self.store.active in self.open, "a leg that is fenced stays up to date"
                     for leg in after_record.legs:
                         if leg.group != after_record.active and leg.state is UPTODATE:
                             assert self.store.leg(leg.group).state in (UPTODATE, SYNCING)
