@@ -356,6 +356,10 @@ class Failover:
                 return leg.group
         return None
 
+    def can_take_over(self, group: GroupName) -> bool:
+        """Whether this leg could become active now; KeyError when there is none."""
+        return self._usable(self.record.leg(group))
+
     def _usable(self, leg: LegRecord) -> bool:
         return leg.state is LegState.UPTODATE and not leg.blocked and leg.group not in self.lost
 

@@ -4,6 +4,7 @@
 state and the map generation are ``proxy.failover.Record``; a failover touches that alone.
 """
 
+import math
 import re
 from dataclasses import dataclass
 from enum import StrEnum
@@ -25,6 +26,9 @@ BLOCK_SIZE_MAX = 4096
 
 #: Space is allotted in multiples of this, so that no extent ever splits a block of any device.
 ALLOCATION_UNIT = 64 * 1024
+
+#: 30 days: whoever wants a domain to stay longer than that where it is says ``manual``.
+FAILBACK_MAX_S = 30 * 24 * 3600
 
 #: Of a striped group that names none: large enough that most requests touch one device.
 CHUNK_DEFAULT = MIB
@@ -134,6 +138,24 @@ class Desired(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Failback:
+    """When a domain returns to its preferred leg after a failover.
+
+    ``after_s``: when that leg has been up to date for so long; None: only when it is ordered to.
+    """
+
+    after_s: float | None = None
+
+    def __str__(self) -> str:
+        if self.after_s is None:
+            return "manual"
+        return f"{self.after_s:g}" if self.after_s else "immediate"
+
+
+FAILBACK_MANUAL = Failback()
+
+
+@dataclass(frozen=True, slots=True)
 class Domain:
     """A logical storage domain: what a failover never changes.
 
@@ -146,15 +168,16 @@ class Domain:
     size: int
     replication: Replication
     listen: str
+    failback: Failback = FAILBACK_MANUAL
 
 
 @dataclass(frozen=True, slots=True)
 class FailoverReceipt:
     """One change of the active leg, as it was recorded.
 
-    ``at`` is in seconds since the epoch. ``stall_ms`` is the longest any client's request took
-    across it, ``replayed`` how many were held or done again; both are None until the last of them
-    is answered.
+    ``at`` is in seconds since the epoch. ``planned``: nothing was wrong with the leg that was left.
+    ``stall_ms`` is the longest any client's request took across it, ``replayed`` how many were held or
+    done again; both are None until the last of them is answered.
     """
 
     generation: int
@@ -162,6 +185,7 @@ class FailoverReceipt:
     reason: str
     source: str
     target: str
+    planned: bool = False
     stall_ms: float | None = None
     replayed: int | None = None
 
@@ -224,6 +248,25 @@ class Event:
     domain: str
     kind: str
     message: str
+
+
+def parse_failback(text: str) -> Failback:
+    """The policy meant by ``manual``, ``immediate`` or a number of seconds.
+
+    Raises:
+        InvalidError: it is none of them, or not from 0 to 30 days.
+    """
+    if text == "manual":
+        return FAILBACK_MANUAL
+    try:
+        after_s = 0.0 if text == "immediate" else float(text)
+    except ValueError:
+        after_s = math.nan
+    if not 0 <= after_s <= FAILBACK_MAX_S:
+        raise InvalidError(
+            f"failback {text!r} is neither manual, immediate, nor a number of seconds up to {FAILBACK_MAX_S}"
+        )
+    return Failback(after_s)
 
 
 def parse_layout(text: str) -> Layout:

@@ -12,6 +12,15 @@ from proxy.cli.options import RUN_DEFAULT, DomainName, Force, Json, Run, Size, b
 from proxy.cli.output import done, show
 from proxy.sizes import format_size
 
+Failback = Annotated[
+    str,
+    typer.Option(
+        metavar="manual|immediate|SECONDS",
+        help="When to return to the preferred leg after a failure: by order only, as soon as it is uptodate, or "
+        "when it has been for so long.",
+    ),
+]
+
 app = branch("Logical storage domains: addresses that stay while the groups behind them change.")
 
 
@@ -28,6 +37,7 @@ def create(
         str, typer.Option(metavar="sync|async", help="Whether writes wait for backups.")
     ] = "sync",
     listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Serve on this TCP address too.")] = "",
+    failback: Failback = "manual",
     as_json: Json = False,
     run: Run = RUN_DEFAULT,
 ) -> None:
@@ -39,6 +49,7 @@ def create(
         "backups": backup or [],
         "replication": replication,
         "listen": listen,
+        "failback": failback,
     }
     domain: DomainObject = Manager(run).post("domains", body=body)
     text = f"domain {name} created: {format_size(domain['size'])}, {domain['state']}, active is {active}"
@@ -55,6 +66,13 @@ def list_domains(as_json: Json = False, run: Run = RUN_DEFAULT) -> None:
 def show_domain(name: DomainName, as_json: Json = False, run: Run = RUN_DEFAULT) -> None:
     """Show a domain: its disks, legs, devices and map."""
     show(Manager(run).get("domains", name), render.domain_page, as_json=as_json)
+
+
+@app.command("set")
+def set_domain(name: DomainName, failback: Failback, as_json: Json = False, run: Run = RUN_DEFAULT) -> None:
+    """Change a domain's policies."""
+    domain: DomainObject = Manager(run).post("domains", name, "set", body={"failback": failback})
+    done(domain, f"domain {name}: failback is {domain['failback']} now", as_json=as_json)
 
 
 @app.command()

@@ -71,6 +71,7 @@ FailoverObject = TypedDict(
     {
         "at": str,
         "reason": str,
+        "planned": bool,
         "stall_ms": float | None,
         "from": str,
         "to": str,
@@ -156,6 +157,7 @@ class DomainObject(TypedDict):
     map_generation: int
     active: str
     replication: str
+    failback: str
     address: str
     listen: str | None
     trouble: str

@@ -32,18 +32,18 @@ def failover(
     if dry_run:
         show(plan_failover(manager.get("domains", name), to), render.plan_page, as_json=as_json)
         return
-    domain: DomainObject = manager.post("domains", name, "failover", body={"to": to})
-    last = domain["last_failover"]
-    stall = f"; clients waited {last['stall_ms']:.1f} ms" if last and last["stall_ms"] is not None else ""
-    done(domain, f"domain {name}: active is {domain['active']} now{stall}", as_json=as_json)
+    _say_active(manager.post("domains", name, "failover", body={"to": to}), as_json=as_json)
 
 
 def failback(name: Domain, as_json: Json = False, run: Run = RUN_DEFAULT) -> None:
-    """Return a domain to the leg it preferred (not in this version)."""
-    raise RefusedError(
-        f"this version cannot fail back by itself; do: standfast resync {name}, standfast domain wait {name}, "
-        f"standfast failover {name} --to GROUP"
-    )
+    """Return a domain to its preferred leg, which is uptodate; clients notice nothing but a short wait."""
+    _say_active(Manager(run).post("domains", name, "failback"), as_json=as_json)
+
+
+def _say_active(domain: DomainObject, *, as_json: bool) -> None:
+    last = domain["last_failover"]
+    stall = f"; clients waited {last['stall_ms']:.1f} ms" if last and last["stall_ms"] is not None else ""
+    done(domain, f"domain {domain['name']}: active is {domain['active']} now{stall}", as_json=as_json)
 
 
 def resync(

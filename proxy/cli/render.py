@@ -184,6 +184,7 @@ def _domain_facts(domain: DomainObject) -> list[tuple[str, Cell]]:
         ("size", format_size(domain["size"])),
         ("active", domain["active"]),
         ("replication", domain["replication"]),
+        ("failback", _failback(domain["failback"])),
         ("generation", domain["map_generation"]),
         ("address", domain["address"]),
         ("clients", domain["clients"]),
@@ -195,6 +196,10 @@ def _domain_facts(domain: DomainObject) -> list[tuple[str, Cell]]:
     if domain["trouble"]:
         facts.insert(0, ("trouble", domain["trouble"]))
     return facts
+
+
+def _failback(policy: str) -> str:
+    return policy if policy in ("manual", "immediate") else f"{policy} s after the preferred leg is uptodate"
 
 
 def _failover(failover: FailoverObject | None) -> str:

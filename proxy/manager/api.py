@@ -47,6 +47,13 @@ class NewDomain(_Body):
     backups: list[str] = []
     replication: str = "sync"
     listen: str = ""
+    failback: str = "manual"
+
+
+class Policies(_Body):
+    """Policies to set; what is absent stays as it is."""
+
+    failback: str | None = None
 
 
 class NewDisk(_Body):
@@ -185,7 +192,7 @@ def _add_domains(app: FastAPI, service: Service) -> None:
     @app.post("/domains", status_code=201)
     async def create_domain(body: NewDomain) -> dict[str, Any]:
         domain = await service.create_domain(
-            body.name, body.size, body.active, body.backups, body.replication, body.listen
+            body.name, body.size, body.active, body.backups, body.replication, body.listen, body.failback
         )
         return await domain_view(service, domain)
 
@@ -227,6 +234,14 @@ def _add_domains(app: FastAPI, service: Service) -> None:
     @app.post("/domains/{name}/verify/stop")
     async def stop_verify(name: str) -> dict[str, Any]:
         return await domain_view(service, await service.stop_verify(name))
+
+    @app.post("/domains/{name}/failback")
+    async def fail_back(name: str) -> dict[str, Any]:
+        return await domain_view(service, await service.fail_back(name))
+
+    @app.post("/domains/{name}/set")
+    async def set_domain(name: str, body: Policies) -> dict[str, Any]:
+        return await domain_view(service, service.set_domain(name, failback=body.failback))
 
     @app.post("/domains/{name}/resync")
     async def resync(name: str, body: Resync) -> dict[str, Any]:

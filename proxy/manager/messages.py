@@ -95,7 +95,7 @@ def transition_events(domain: str, transition: Transition) -> list[NewEvent]:
     if transition.is_failover:
         events.append(
             NewEvent(
-                Severity.WARNING,
+                Severity.INFO if transition.is_planned else Severity.WARNING,
                 "failover",
                 f"domain {domain} failed over from {before.active} to {after.active}: {transition.reason}",
                 domain,

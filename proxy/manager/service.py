@@ -7,7 +7,7 @@ same space. Orders to one domain take their turn in its supervisor.
 import logging
 import shutil
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from proxy.manager.session import Order, Session
 from proxy.manager.settings import Settings
 from proxy.manager.supervisor import STOP_PATIENCE_S, Supervisor
 from proxy.model import (
+    FAILBACK_MANUAL,
     LEGS_MAX,
     Desired,
     Group,
@@ -32,6 +33,7 @@ from proxy.model import (
     Replication,
     Severity,
     check_name,
+    parse_failback,
     parse_layout,
 )
 from proxy.sizes import format_size, parse_size
@@ -203,7 +205,14 @@ class Service:
     # --- Domains ----------------------------------------------------------------------------------
 
     async def create_domain(
-        self, name: str, size: str, active: str, backups: Sequence[str], replication: str, listen: str
+        self,
+        name: str,
+        size: str,
+        active: str,
+        backups: Sequence[str],
+        replication: str,
+        listen: str,
+        failback: str = str(FAILBACK_MANUAL),
     ) -> DomainRecord:
         """Allot a domain's space on every leg and put it online; its first sync goes on in the background.
 
@@ -213,6 +222,7 @@ class Service:
         check_name("domain", name)
         size_bytes = round_up(parse_size(size))
         self._check_replication(replication)
+        policy = parse_failback(failback)
         self._check_paths(name)
         _check_address(listen)
         names = [active, *backups]
@@ -231,7 +241,15 @@ class Service:
             ]
             record = Record(1, active, tuple(legs))
             self.store.add_domain(
-                name, uuid4(), size_bytes, Replication.SYNC, listen, record, runs, time.time()
+                name,
+                uuid4(),
+                size_bytes,
+                Replication.SYNC,
+                listen,
+                record,
+                runs,
+                time.time(),
+                failback=policy,
             )
             supervisor = self._supervise(name)
             try:
@@ -337,7 +355,6 @@ class Service:
         Raises:
             RefusedError: no leg, or not that one, can take over.
         """
-        supervisor = self._supervisor(name)
 
         async def begin(session: Session) -> tuple[int, str]:
             chosen = target or session.machine.successor()
@@ -351,6 +368,26 @@ class Service:
             await session.fail_over(chosen)
             return generation, chosen
 
+        return await self._switch(name, begin)
+
+    async def fail_back(self, name: str) -> DomainRecord:
+        """Return to the preferred leg; returns when clients are served from it.
+
+        Raises:
+            RefusedError: it is active already, or cannot take over, and what to do.
+        """
+
+        async def begin(session: Session) -> tuple[int, str]:
+            generation = session.machine.record.generation
+            return generation, await session.fail_back()
+
+        return await self._switch(name, begin)
+
+    async def _switch(
+        self, name: str, begin: Callable[[Session], Awaitable[tuple[int, str]]]
+    ) -> DomainRecord:
+        """Have ``begin`` begin a switch, from which generation to which leg; returns when that is over."""
+        supervisor = self._supervisor(name)
         before, chosen = await supervisor.do(begin)
         await self._wait_settled(supervisor, before)
         record = self.store.domain(name).record
@@ -375,6 +412,23 @@ class Service:
 
         if not await supervisor.do(rest):
             raise RefusedError(f"domain {supervisor.name} did not change: {supervisor.trouble()}")
+
+    def set_domain(self, name: str, *, failback: str | None) -> DomainRecord:
+        """Change a domain's policies; what is None stays as it is.
+
+        Raises:
+            InvalidError: there is no such policy.
+        """
+        domain = self.store.domain(name)
+        if failback is not None:
+            policy = parse_failback(failback)
+            message = f"failback of domain {name} is {policy} now"
+            event = NewEvent(Severity.INFO, "domain-set", message, name)
+            self.store.change(domain.domain.id, StoreChange(failback=policy, events=[event]), time.time())
+            if name in self.supervisors:
+                self.supervisors[name].nudge()
+            self.note_change()
+        return self.store.domain(name)
 
     async def resync(self, name: str, group: str | None, rate: str | None) -> list[str]:
         """Begin to bring outdated legs back, all or the one named; returns which, once they are reached.

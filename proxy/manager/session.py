@@ -59,6 +59,9 @@ from proxy.store import DiskRecord, DomainRecord, NewEvent, Store
 
 log = logging.getLogger("standfast.session")
 
+#: Between two automatic failbacks: a leg that fails as soon as it is used must not have clients wait all the time.
+FAILBACK_PAUSE_S = 30.0
+
 
 @dataclass(slots=True)
 class Order:
@@ -158,6 +161,8 @@ class Session:
         self._unlabelled = ""  # the group that has become active, until clients are served from it
         self._with_record = StoreChange()  # what goes into the transaction of the next record
         self._store_error = ""
+        self._failback_since: float | None = None  # since when the preferred leg could be returned to
+        self._failback_from = -math.inf  # no automatic failback before this, on trio's clock
 
     # --- The beginning ----------------------------------------------------------------------------
 
@@ -325,6 +330,7 @@ class Session:
             self.machine.phase in (Phase.HELD, Phase.UNRECORDED)
             or bool(self._resyncs)
             or bool(self._door_due)
+            or self._failback_since is not None
             or any(leg.copied for leg in self.legs.open.values())
             or any(
                 leg.state is LegState.SYNCING and not self.legs.open[leg.group].copying
@@ -509,6 +515,7 @@ class Session:
                 transition.reason,
                 transition.before.active,
                 transition.after.active,
+                transition.is_planned,
             )
         change = replace(
             self._with_record,
@@ -564,6 +571,8 @@ class Session:
             await self._advance_copies()
         if self.machine.phase is Phase.SERVING:
             await self._undo_half_made()
+        if self.machine.phase is Phase.SERVING:
+            await self._advance_failback()
 
     def _begin_open(self, group: str) -> None:
         """Open a leg while the queue goes on: a hung device must not keep a failover waiting."""
@@ -692,6 +701,35 @@ class Session:
                 await self.change(Change({}, reason), StoreChange(resize_disk=replace(disk, ranges=ranges)))
                 return
 
+    async def _advance_failback(self) -> None:
+        """Return to the preferred leg, if that is the domain's policy and it is time.
+
+        What an operator has ordered is not undone: he left the preferred leg because he wanted to.
+        """
+        domain = self.store.domain(self.name)
+        after_s = domain.domain.failback.after_s
+        preferred = self.machine.record.preferred
+        if (
+            after_s is None
+            or preferred == self.machine.record.active
+            or not self.machine.can_take_over(preferred)
+            or (domain.last_failover is not None and domain.last_failover.planned)
+        ):
+            self._failback_since = None
+            return
+        now = trio.current_time()
+        if self._failback_since is None:
+            self._failback_since = now
+        if now < max(self._failback_since + after_s, self._failback_from):
+            return
+        self._failback_from = now + FAILBACK_PAUSE_S
+        try:
+            await self.fail_over(
+                preferred, f"automatic failback: {preferred} is preferred and up to date again"
+            )
+        except (RefusedError, StoreError) as error:
+            log.warning("domain %s: no failback to %s: %s", self.name, preferred, error)
+
     # --- What orders are made of ------------------------------------------------------------------
 
     def need_serving(self) -> None:
@@ -716,12 +754,42 @@ class Session:
         if self.machine.record.generation == before:
             raise StoreError(self._store_error)
 
-    async def fail_over(self, target: str) -> None:
+    async def fail_over(self, target: str, reason: str = "ordered by the operator") -> None:
         """Begin a failover to ``target``. Raises RefusedError, or StoreError when it could not be recorded."""
         # Clients are not held for a store that takes nothing; this is how to know beforehand.
-        message = f"a failover of domain {self.name} to {target} is ordered"
+        message = f"domain {self.name} is to fail over to {target}: {reason}"
         self.store.add_events([NewEvent(Severity.INFO, "ordered", message, self.name)], time.time())
-        await self._feed(Ordered(target))
+        await self._feed(Ordered(target, reason))
+
+    async def fail_back(self) -> str:
+        """Begin the return to the preferred leg, and say which one that is.
+
+        Raises:
+            RefusedError: it is active already, or cannot be now; and what to do.
+            StoreError: it could not be recorded.
+        """
+        record = self.machine.record
+        preferred = record.preferred
+        if preferred == record.active:
+            raise RefusedError(f"domain {self.name} is on its preferred leg {preferred} already")
+        if not self.machine.can_take_over(preferred):
+            raise RefusedError(
+                f"domain {self.name} cannot fail back to {preferred}, which is {self._shortcoming(preferred)}"
+            )
+        await self.fail_over(preferred, "failback ordered by the operator")
+        return preferred
+
+    def _shortcoming(self, group: str) -> str:
+        """Why a leg cannot be active now, and what to do about it."""
+        evidence = self.machine.lost.get(group)
+        if evidence is not None:
+            return f"failed ({evidence}); do first: bring its devices back"
+        if self.machine.record.leg(group).state is LegState.SYNCING:
+            return f"syncing; do first: standfast domain wait {self.name}"
+        return (
+            f"outdated; do first: standfast resync {self.name} --group {group}, "
+            f"standfast domain wait {self.name}"
+        )
 
     def resync(self, group: str) -> Order:
         """Bring an outdated leg back; the answer is done when its copy is about to begin.

@@ -78,6 +78,7 @@ async def domain_view(service: Service, domain: DomainRecord) -> dict[str, Any]:
         **domain_summary(service, domain),
         "uuid": str(domain.domain.uuid),
         "replication": domain.domain.replication,
+        "failback": str(domain.domain.failback),
         "address": str(service.run_directory / name / "nbd.sock"),
         "listen": domain.domain.listen or None,
         "trouble": supervisor.trouble() if supervisor is not None else "",
@@ -168,6 +169,7 @@ def _receipt_view(receipt: FailoverReceipt | None) -> dict[str, Any] | None:
     return {
         "at": instant(receipt.at),
         "reason": receipt.reason,
+        "planned": receipt.planned,
         "stall_ms": receipt.stall_ms,
         "from": receipt.source,
         "to": receipt.target,

@@ -16,10 +16,12 @@ from uuid import UUID
 from proxy.extentmap import Range, Run
 from proxy.failover import Record
 from proxy.model import (
+    FAILBACK_MANUAL,
     Desired,
     Domain,
     DomainId,
     Event,
+    Failback,
     FailoverReceipt,
     Group,
     GroupId,
@@ -92,6 +94,7 @@ class Change:
     session_open: bool | None = None
     session: int | None = None
     desired: Desired | None = None
+    failback: Failback | None = None
     failover: FailoverReceipt | None = None
     verify: VerifyReceipt | None = None
     add_disk: DiskRecord | None = None
@@ -152,6 +155,8 @@ class Store(Protocol):
         record: Record,
         runs: Mapping[str, Sequence[Run]],
         at: float,
+        *,
+        failback: Failback = FAILBACK_MANUAL,
     ) -> DomainRecord:
         """Record a domain with its space on every leg; RefusedError when the name is taken."""
         ...

@@ -15,12 +15,14 @@ from proxy.errors import NotFoundError, RefusedError, StoreError
 from proxy.extentmap import Range, Run
 from proxy.failover import LegRecord, Record
 from proxy.model import (
+    FAILBACK_MANUAL,
     Desired,
     Device,
     DeviceId,
     Domain,
     DomainId,
     Event,
+    Failback,
     FailoverReceipt,
     Group,
     GroupId,
@@ -154,6 +156,10 @@ _MIGRATIONS = (
         unlisted INTEGER NOT NULL,
         mismatches TEXT NOT NULL
     ) STRICT;
+    """,
+    """
+    ALTER TABLE domains ADD COLUMN failback_after_s REAL;
+    ALTER TABLE failovers ADD COLUMN planned INTEGER NOT NULL DEFAULT 0;
     """,
 )
 
@@ -337,8 +343,9 @@ class SqliteStore:
     def _domains(self, where: str, values: tuple[str, ...]) -> list[DomainRecord]:
         with self._errors():
             rows = self._db.execute(
-                "SELECT d.id, d.uuid, d.name, d.size, d.replication, d.listen, a.desired, a.session_open,"
-                " a.session, a.generation, g.name FROM domains d JOIN attachments a ON a.domain_id = d.id"
+                "SELECT d.id, d.uuid, d.name, d.size, d.replication, d.listen, d.failback_after_s,"
+                " a.desired, a.session_open, a.session, a.generation, g.name"
+                " FROM domains d JOIN attachments a ON a.domain_id = d.id"
                 f" JOIN groups g ON g.id = a.active_group_id {where} ORDER BY d.name",
                 values,
             ).fetchall()
@@ -369,11 +376,13 @@ class SqliteStore:
                 disks.setdefault(domain_id, []).append(
                     DiskRecord(number, name, size, tuple(ranges[domain_id, number]), bool(ready))
                 )
-            for domain_id, *receipt in self._db.execute(
-                "SELECT l.domain_id, l.generation, l.at, l.reason, l.source, l.target, l.stall_ms, l.replayed"
-                f" FROM failovers l {only} ORDER BY l.generation"
+            for domain_id, generation, at, reason, source, target, planned, *felt in self._db.execute(
+                "SELECT l.domain_id, l.generation, l.at, l.reason, l.source, l.target, l.planned, l.stall_ms,"
+                f" l.replayed FROM failovers l {only} ORDER BY l.generation"
             ):
-                failovers[domain_id] = FailoverReceipt(*receipt)
+                failovers[domain_id] = FailoverReceipt(
+                    generation, at, reason, source, target, bool(planned), *felt
+                )
             verifies = {
                 domain_id: _verify_receipt(*receipt)
                 for domain_id, *receipt in self._db.execute(
@@ -383,7 +392,15 @@ class SqliteStore:
             }
             return [
                 DomainRecord(
-                    Domain(DomainId(domain_id), UUID(uuid), name, size, Replication(replication), listen),
+                    Domain(
+                        DomainId(domain_id),
+                        UUID(uuid),
+                        name,
+                        size,
+                        Replication(replication),
+                        listen,
+                        Failback(failback_after_s),
+                    ),
                     Desired(desired),
                     bool(session_open),
                     session,
@@ -400,6 +417,7 @@ class SqliteStore:
                     size,
                     replication,
                     listen,
+                    failback_after_s,
                     desired,
                     session_open,
                     session,
@@ -418,15 +436,17 @@ class SqliteStore:
         record: Record,
         runs: Mapping[str, Sequence[Run]],
         at: float,
+        *,
+        failback: Failback = FAILBACK_MANUAL,
     ) -> DomainRecord:
         ids = {group.name: group.id for group in self.groups()}
         with self._transaction() as db:
             if db.execute("SELECT 1 FROM domains WHERE name = ?", (name,)).fetchone():
                 raise RefusedError(f"there is a domain {name} already")
             domain_id = db.execute(
-                "INSERT INTO domains (uuid, name, size, replication, listen, next_disk, created_at)"
-                " VALUES (?, ?, ?, ?, ?, 1, ?)",
-                (str(uuid), name, size, replication, listen, at),
+                "INSERT INTO domains (uuid, name, size, replication, listen, failback_after_s, next_disk,"
+                " created_at) VALUES (?, ?, ?, ?, ?, ?, 1, ?)",
+                (str(uuid), name, size, replication, listen, failback.after_s, at),
             ).lastrowid
             db.execute(
                 "INSERT INTO attachments (domain_id, generation, active_group_id, desired, session_open)"
@@ -474,12 +494,24 @@ class SqliteStore:
                 )
             if change.desired is not None:
                 db.execute("UPDATE attachments SET desired = ? WHERE domain_id = ?", (change.desired, domain))
+            if change.failback is not None:
+                db.execute(
+                    "UPDATE domains SET failback_after_s = ? WHERE id = ?", (change.failback.after_s, domain)
+                )
             if change.failover is not None:
                 receipt = change.failover
                 db.execute(
-                    "INSERT INTO failovers (domain_id, generation, at, reason, source, target)"
-                    " VALUES (?, ?, ?, ?, ?, ?)",
-                    (domain, receipt.generation, receipt.at, receipt.reason, receipt.source, receipt.target),
+                    "INSERT INTO failovers (domain_id, generation, at, reason, source, target, planned)"
+                    " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    (
+                        domain,
+                        receipt.generation,
+                        receipt.at,
+                        receipt.reason,
+                        receipt.source,
+                        receipt.target,
+                        receipt.planned,
+                    ),
                 )
             if change.verify is not None:
                 self._write_verify(domain, change.verify)

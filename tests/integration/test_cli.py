@@ -251,9 +251,11 @@ def test_commands_in_order_take_a_domain_through_its_life(own: Place) -> None:
     assert after["address"] == before["address"]
     assert subprocess.run(["nbdinfo", "--size", uri], capture_output=True).stdout == b"8388608\n"
 
-    assert own.ok("resync", "vol1") == "domain vol1: syncing alpha\n"
-    own.ok("domain", "wait", "vol1", "--timeout", "30")
-    assert own.ok("failover", "vol1", "--to", "alpha").startswith("domain vol1: active is alpha now")
+    assert [leg["state"] for leg in after["legs"]] == ["uptodate", "uptodate"]
+    assert own.ok("failback", "vol1").startswith("domain vol1: active is alpha now")
+    assert own.ok("failover", "vol1", "--to", "beta").startswith("domain vol1: active is beta now")
+    assert own.ok("domain", "set", "vol1", "--failback", "90") == "domain vol1: failback is 90 now\n"
+    assert "90 s after the preferred leg is uptodate" in own.ok("domain", "show", "vol1")
 
     assert own.ok("domain", "maintenance", "vol1") == "domain vol1 is in maintenance\n"
     assert own.json("domain", "list")[0]["state"] == "maintenance"
@@ -446,7 +448,12 @@ def test_domain_create_on_a_port_in_use_is_refused_and_leaves_nothing(shared: Pl
         ("resync vol1", "no outdated leg"),
         ("resync vol1 --group beta", "beta is uptodate"),
         ("resync vol1 --group nope", "no leg on a group nope"),
-        ("failback vol1", "this version cannot"),
+        ("failback nope", "there is no domain nope"),
+        ("failback vol1", "domain vol1 is on its preferred leg alpha already"),
+        ("failback idle", "domain idle is in maintenance; start it first"),
+        ("domain set vol1 --failback soon", "'soon' is neither manual, immediate, nor a number"),
+        ("domain set vol1 --failback -1", "'-1' is neither manual, immediate, nor a number"),
+        ("domain set vol1 --failback nan", "'nan' is neither manual, immediate, nor a number"),
         ("verify nope", "there is no domain nope"),
         ("verify vol1 --rate fast", "fast"),
         ("verify vol1 --stop", "is not being verified"),
@@ -484,11 +491,18 @@ def test_failover_to_an_outdated_backup_is_refused_and_wait_says_what_is_missing
     own.ok("group", "create", "beta", "--device", own.url("beta"))
     own.ok("domain", "create", "vol1", "--size", "4M", "--active", "alpha", "--backup", "beta")
     own.ok("domain", "wait", "vol1", "--timeout", "30")
-    own.ok("failover", "vol1")
+    own.ok("domain", "stop", "vol1")
+    (own.root / "alpha").rename(own.root / "aside")
+    own.ok("domain", "start", "vol1")
+    (own.root / "aside").rename(own.root / "alpha")
     said = "domain vol1 has no uptodate backup to fail over to: alpha is outdated"
     for options in ([], ["--dry-run"]):
         assert said in own.refused("failover", "vol1", *options)
         assert "group alpha cannot take over" in own.refused("failover", "vol1", "--to", "alpha", *options)
+    assert (
+        "domain vol1 cannot fail back to alpha, which is outdated; do first: standfast resync vol1 --group alpha"
+        in own.refused("failback", "vol1")
+    )
     assert "standfast resync vol1" in own.refused("domain", "wait", "vol1")
     status, _, said = own.command("domain", "wait", "vol1", "--timeout", "0.2")
     assert status == 1

@@ -78,14 +78,16 @@ async def test_failover_idle_domain_device_killed_fails_over_by_itself() -> None
         await made.wait_active("vol1", "beta")
 
 
-async def test_failover_ordered_under_load_switches_and_fences() -> None:
+async def test_failover_ordered_under_load_switches_there_and_back_and_costs_no_backup() -> None:
     async with site(settings=QUICK) as made:
         await made.make(server=None)
         async with witnessed(made) as witness:
-            shown = await made.order("POST", "/domains/vol1/failover")
-            assert shown["active"] == "beta"
-            await answers(witness, 500)
-        assert "no uptodate backup" in await made.refused("POST", "/domains/vol1/failover")
+            for active in ("beta", "alpha", "beta"):
+                shown = await made.order("POST", "/domains/vol1/failover")
+                assert (shown["active"], shown["state"]) == (active, "online")
+                assert shown["last_failover"]["planned"]
+                await answers(witness, 500)
+        assert not [event for event in await made.events() if "being synced" in event and "alpha" in event]
         assert "is active already" in await made.refused("POST", "/domains/vol1/failover", to="beta")
         assert "no leg" in await made.refused("POST", "/domains/vol1/failover", to="gamma")
 
@@ -121,6 +123,50 @@ async def test_failover_there_and_back_many_times_nothing_is_lost() -> None:
                 await made.device(f"{active}1", 50 if active == "alpha" else 75)
                 await made.order("POST", "/domains/vol1/resync")
                 await made.wait("vol1", lambda shown: shown["state"] == "online")
+
+
+async def test_failback_is_refused_until_the_preferred_leg_is_synced_and_then_goes_there() -> None:
+    async with site(settings=QUICK) as made:
+        await made.make()
+        async with witnessed(made) as witness:
+            made.kill_device("alpha1")
+            await made.wait_active("vol1", "beta")
+            assert "outdated; do first: standfast resync" in await made.refused(
+                "POST", "/domains/vol1/failback"
+            )
+            await made.device("alpha1", 50)
+            await made.order("POST", "/domains/vol1/resync")
+            await made.wait("vol1", lambda shown: shown["state"] == "online")
+            shown = await made.order("POST", "/domains/vol1/failback")
+            assert (shown["active"], shown["state"]) == ("alpha", "online")
+            assert shown["last_failover"]["reason"] == "failback ordered by the operator"
+            await answers(witness, 500)
+        assert "preferred leg alpha already" in await made.refused("POST", "/domains/vol1/failback")
+
+
+@pytest.mark.slow
+async def test_failback_by_policy_returns_after_a_failure_and_never_undoes_an_order() -> None:
+    async with site(settings=QUICK) as made:
+        await made.make()
+        async with witnessed(made) as witness:
+            made.kill_device("alpha1")
+            await made.wait_active("vol1", "beta")
+            await made.device("alpha1", 50)
+            await made.order("POST", "/domains/vol1/resync")
+            await made.wait("vol1", lambda shown: shown["state"] == "online")
+            await answers(witness, 500)
+            assert (await made.show())["active"] == "beta"
+            began = trio.current_time()
+            shown = await made.order("POST", "/domains/vol1/set", failback="0.5")
+            assert (shown["failback"], shown["active"]) == ("0.5", "beta")
+            shown = await made.wait_active("vol1", "alpha")
+            assert trio.current_time() - began >= 0.5
+            assert "automatic failback" in shown["last_failover"]["reason"]
+            await made.order("POST", "/domains/vol1/set", failback="immediate")
+            await made.order("POST", "/domains/vol1/failover")
+            await answers(witness, 500)
+            await made.order("GET", "/status")
+            assert (await made.show())["active"] == "beta"
 
 
 @pytest.mark.slow

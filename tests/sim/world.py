@@ -39,7 +39,17 @@ class Chaos:
         random = agenda.random
         weights = {"resync": random.choice((1, 4, 8)), "verify": random.choice((0, 3, 12))}
         theme = random.choice(
-            ("anything", "anything", "active leg", "backups", "processes", "store", "hangs", "medium", "orders")
+            (
+                "anything",
+                "anything",
+                "active leg",
+                "backups",
+                "processes",
+                "store",
+                "hangs",
+                "medium",
+                "orders",
+            )
         )
         if theme == "anything":
             weights |= {kind: random.choice((1, 2, 4)) for kind in KINDS if agenda.chance(0.6)}

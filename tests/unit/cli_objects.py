@@ -56,6 +56,7 @@ def domain(*legs: LegObject, **changes: Any) -> DomainObject:
         "map_generation": 5,
         "active": "alpha",
         "replication": "sync",
+        "failback": "manual",
         "address": "/run/standfast/vol1/nbd.sock",
         "listen": None,
         "trouble": "",

@@ -121,11 +121,6 @@ def test_run_directory_by_default_is_the_systems(
     assert "/run/standfast/control.sock" in failed(capsys, 1, "status")
 
 
-@pytest.mark.parametrize("command", ["failback"])
-def test_command_of_a_later_version_says_so(capsys: pytest.CaptureFixture[str], command: str) -> None:
-    assert "this version cannot" in failed(capsys, 1, command, "vol1")
-
-
 def _break(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def broken(*arguments: object) -> None:
         raise error
@@ -222,6 +217,7 @@ def test_command_loads_nothing_that_only_the_manager_needs() -> None:
                     "backups": ["b", "c"],
                     "replication": "sync",
                     "listen": "127.0.0.1:10809",
+                    "failback": "manual",
                 },
             ),
         ),
@@ -234,6 +230,8 @@ def test_command_loads_nothing_that_only_the_manager_needs() -> None:
         ("disk resize v/d --size 5M", ("POST", "/domains/v/disks/d/resize", {"size": "5M"})),
         ("disk remove v/d --force", ("DELETE", "/domains/v/disks/d?force=true", None)),
         ("failover v --to b", ("POST", "/domains/v/failover", {"to": "b"})),
+        ("failback v", ("POST", "/domains/v/failback", None)),
+        ("domain set v --failback 30", ("POST", "/domains/v/set", {"failback": "30"})),
         ("resync v --group b", ("POST", "/domains/v/resync", {"group": "b", "rate": None})),
         ("resync v", ("POST", "/domains/v/resync", {"group": None, "rate": None})),
     ],

@@ -21,9 +21,10 @@ from proxy.model import (
     Severity,
     VerifyOutcome,
     VerifyReceipt,
+    parse_failback,
 )
 from proxy.store import Change, DiskRecord, DomainRecord, NewDevice, NewEvent
-from proxy.store.sqlite import SCHEMA_VERSION, SqliteStore
+from proxy.store.sqlite import _MIGRATIONS, SCHEMA_VERSION, SqliteStore
 
 RECORD = Record(1, "alpha", (LegRecord("alpha", LegState.UPTODATE), LegRecord("beta", LegState.SYNCING)))
 RUNS = {"alpha": (Run(0, 65536, 1 << 20), Run(1, 65536, 1 << 20)), "beta": (Run(0, 65536, 2 << 20),)}
@@ -111,7 +112,7 @@ def test_failover_changes_connection_details_and_never_the_domain(store: SqliteS
     after = Record(
         2, "beta", (LegRecord("alpha", LegState.OUTDATED, blocked=True), LegRecord("beta", LegState.UPTODATE))
     )
-    receipt = FailoverReceipt(2, 5.0, "a device is gone", "alpha", "beta")
+    receipt = FailoverReceipt(2, 5.0, "a device is gone", "alpha", "beta", planned=True)
     store.change(domain.domain.id, Change(record=after, session_open=True, failover=receipt), 5.0)
     assert {table: rows(tmp_path / "store.db", table) for table in untouched} == before
     changed = store.domain("vol1")
@@ -135,6 +136,36 @@ def test_verify_receipt_is_kept_until_the_next_and_gone_with_the_domain(
     assert store.domain("vol1").last_verify == first
     store.remove_domain("vol1", 7.0)
     assert rows(tmp_path / "store.db", "verifies") == []
+
+
+def test_failback_policy_is_kept_and_can_be_changed(store: SqliteStore) -> None:
+    domain = filled(store).domain
+    assert str(domain.failback) == "manual"
+    for text in ("30", "immediate", "2.5", "manual"):
+        store.change(domain.id, Change(failback=parse_failback(text)), 3.0)
+        assert str(store.domain("vol1").domain.failback) == text
+
+
+def test_store_of_the_first_version_is_brought_up_to_date(tmp_path: Path) -> None:
+    path = tmp_path / "store.db"
+    connection = sqlite3.connect(path)
+    connection.executescript(f"{_MIGRATIONS[0]} PRAGMA user_version = 1;")
+    connection.executescript(
+        "INSERT INTO groups VALUES (1, '00000000-0000-4000-8000-000000000001', 'alpha', 'linear', 0, 1.0);"
+        "INSERT INTO domains VALUES (1, '00000000-0000-4000-8000-000000000002', 'vol1', 65536, 'sync', '', 1, 1.0);"
+        "INSERT INTO attachments VALUES (1, 7, 1, 'online', 0);"
+        "INSERT INTO legs VALUES (1, 1, 0, 'uptodate', 0);"
+        "INSERT INTO runs VALUES (1, 1, 0, 0, 65536, 65536);"
+        "INSERT INTO failovers VALUES (1, 6, 5.0, 'a device is gone', 'beta', 'alpha', 8.5, 32);"
+    )
+    connection.close()
+    opened = SqliteStore(path)
+    domain = opened.domain("vol1")
+    opened.close()
+    assert (domain.record.generation, str(domain.domain.failback)) == (7, "manual")
+    assert domain.last_failover == FailoverReceipt(
+        6, 5.0, "a device is gone", "beta", "alpha", stall_ms=8.5, replayed=32
+    )
 
 
 def test_change_that_fails_half_way_changes_nothing(store: SqliteStore) -> None:
