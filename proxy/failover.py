@@ -15,6 +15,9 @@ Losing a backup, a leg that is synced, a new disk: the same path, so there is on
 that cannot lose a write skip the hold. When no leg is left to go to, the machine is HELD: clients
 wait, nothing is acknowledged, and the active leg of the record stays the one whose content counts.
 
+An operator's hold takes the same steps too, and ends in PAUSED instead of SERVING: nothing is released until he
+says so. What is lost meanwhile is dealt with as ever, but for the release.
+
 A planned switch (Ordered, with nothing against the old active leg when it is recorded) takes the same steps
 and fences nothing: the old active leg becomes a backup and stays up to date. That is right because
 
@@ -155,6 +158,7 @@ class Phase(Enum):
     UNRECORDED = "unrecorded"  # the store refused; tried again, and held until it takes
     INSTALLING = "installing"
     HELD = "held"
+    PAUSED = "paused"  # as SERVING, but that the operator has clients held
 
 
 # --- Inputs ---------------------------------------------------------------------------------------
@@ -209,6 +213,16 @@ class Ordered:
 
 
 @dataclass(frozen=True, slots=True)
+class HoldOrdered:
+    """The operator wants clients held, and all of theirs done: it is reached in phase PAUSED."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseOrdered:
+    """The operator has no more reason to have clients held."""
+
+
+@dataclass(frozen=True, slots=True)
 class Change:
     """Leg states to set without a failover; empty when only the disks change.
 
@@ -253,6 +267,8 @@ Input = (
     | LegLost
     | LegReturned
     | Ordered
+    | HoldOrdered
+    | ReleaseOrdered
     | Change
     | Drained
     | Recorded
@@ -317,9 +333,11 @@ class Failover:
 
     Args:
         record: as it is in the store.
+        operator_hold: the operator has clients held.
     """
 
     record: Record
+    operator_hold: bool = False
     phase: Phase = Phase.HELD
     lost: dict[GroupName, Evidence] = field(default_factory=dict)
     target: GroupName | None = None
@@ -450,7 +468,8 @@ class Failover:
         for group in missing:
             self.lost[group] = Evidence(EvidenceKind.UNREACHABLE, group, detail="not attached")
         stale = self._fence(sorted(event.present - set(attached)))
-        if not stale and not self.lost and not event.held and event.generation == self.record.generation:
+        is_as_recorded = not stale and not self.lost and event.generation == self.record.generation
+        if is_as_recorded and not event.held and not self.operator_hold:
             self.phase = Phase.SERVING
             self._held = False
             return []
@@ -518,6 +537,25 @@ class Failover:
             state = f"{leg.state} and blocked" if leg.blocked else str(leg.state)
             raise RefusedError(f"group {target} cannot take over: it is {state}; only an uptodate leg can")
 
+    def _on_hold_ordered(self, event: HoldOrdered) -> list[Effect]:
+        self.operator_hold = True
+        return self._begin()
+
+    def _on_release_ordered(self, event: ReleaseOrdered) -> list[Effect]:
+        self.operator_hold = False
+        if self.phase is Phase.HELD:
+            return []  # for another reason too
+        self.phase = Phase.SERVING
+        self._held = False
+        return [Release()]
+
+    def _on_lost_paused(self, event: LegLost) -> list[Effect]:
+        # A medium error is no exception: nobody is waiting for an answer, and what was parked before may be done.
+        if event.group not in self.record.attached():
+            return []
+        self.lost[event.group] = event.evidence
+        return self._begin()
+
     def _on_change(self, event: Change) -> list[Effect]:
         self._change = event
         return self._record()
@@ -567,6 +605,9 @@ class Failover:
     def _on_installed(self, event: Installed) -> list[Effect]:
         if self._lost_matters():
             return self._begin()
+        if self.operator_hold:
+            self.phase = Phase.PAUSED
+            return []
         self.phase = Phase.SERVING
         if not self._held:
             return []
@@ -587,6 +628,7 @@ _TABLE: Mapping[tuple[Phase, type[Input]], _Handler] = MappingProxyType(
     {
         (Phase.SERVING, LegLost): Failover._on_lost_serving,
         (Phase.SERVING, Ordered): Failover._on_ordered_serving,
+        (Phase.SERVING, HoldOrdered): Failover._on_hold_ordered,
         (Phase.SERVING, Change): Failover._on_change,
         (Phase.SERVING, Drained): Failover._nothing,
         (Phase.DRAINING, LegLost): Failover._on_lost_draining,
@@ -606,7 +648,11 @@ _TABLE: Mapping[tuple[Phase, type[Input]], _Handler] = MappingProxyType(
         (Phase.HELD, LegLost): Failover._on_lost_held,
         (Phase.HELD, LegReturned): Failover._on_returned,
         (Phase.HELD, Ordered): Failover._on_ordered_held,
+        (Phase.HELD, ReleaseOrdered): Failover._on_release_ordered,
         (Phase.HELD, Drained): Failover._on_drained_held,
+        (Phase.PAUSED, LegLost): Failover._on_lost_paused,
+        (Phase.PAUSED, ReleaseOrdered): Failover._on_release_ordered,
+        (Phase.PAUSED, Drained): Failover._nothing,
     }
 )
 

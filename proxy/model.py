@@ -156,6 +156,17 @@ FAILBACK_MANUAL = Failback()
 
 
 @dataclass(frozen=True, slots=True)
+class OperatorHold:
+    """Clients are held because the operator wants it so.
+
+    ``at`` is since when, ``until`` when that ends by itself, None for never; in seconds since the epoch.
+    """
+
+    at: float
+    until: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class Domain:
     """A logical storage domain: what a failover never changes.
 

@@ -12,6 +12,9 @@ from proxy.cli.options import RUN_DEFAULT, DomainName, Force, Json, Run, Size, b
 from proxy.cli.output import done, show
 from proxy.sizes import format_size
 
+#: As the manager's: nobody holds clients for a month.
+HOLD_MAX_S = 30 * 24 * 3600
+
 Failback = Annotated[
     str,
     typer.Option(
@@ -66,6 +69,43 @@ def list_domains(as_json: Json = False, run: Run = RUN_DEFAULT) -> None:
 def show_domain(name: DomainName, as_json: Json = False, run: Run = RUN_DEFAULT) -> None:
     """Show a domain: its disks, legs, devices and map."""
     show(Manager(run).get("domains", name), render.domain_page, as_json=as_json)
+
+
+def _check_hold_timeout(seconds: float | None) -> float | None:
+    if seconds is not None and not 0 < seconds <= HOLD_MAX_S:
+        raise typer.BadParameter(f"it is a number of seconds above 0, at most {HOLD_MAX_S}")
+    return seconds
+
+
+@app.command()
+def hold(
+    name: DomainName,
+    timeout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S", callback=_check_hold_timeout, help="Release by itself after so many seconds."
+        ),
+    ] = None,
+    as_json: Json = False,
+    run: Run = RUN_DEFAULT,
+) -> None:
+    """Hold a domain's clients at one point of the order of writes, with all they wrote on the devices, flushed.
+
+    Snapshots of the devices taken until the release are consistent over all disks.
+    """
+    domain = Manager(run).post("domains", name, "hold", body={"timeout_s": timeout})
+    done(
+        domain,
+        f"domain {name} is held; let clients go on with: standfast domain release {name}",
+        as_json=as_json,
+    )
+
+
+@app.command()
+def release(name: DomainName, as_json: Json = False, run: Run = RUN_DEFAULT) -> None:
+    """Let a domain's clients go on that were held."""
+    domain: DomainObject = Manager(run).post("domains", name, "release")
+    done(domain, f"domain {name} is released, and {domain['state']}", as_json=as_json)
 
 
 @app.command("set")

@@ -84,6 +84,13 @@ PlanObject = TypedDict(
 )
 
 
+class HoldObject(TypedDict):
+    """Since when the operator has clients held, and until when."""
+
+    at: str
+    until: str | None
+
+
 class DiskObject(TypedDict):
     """A disk and the addresses it is reached at."""
 
@@ -158,6 +165,7 @@ class DomainObject(TypedDict):
     active: str
     replication: str
     failback: str
+    hold: HoldObject | None
     address: str
     listen: str | None
     trouble: str

@@ -11,7 +11,6 @@ from proxy.cli.options import RUN_DEFAULT, Json, Run
 from proxy.cli.output import done, show
 from proxy.cli.plan import plan_failover
 from proxy.cli.verifying import check_verified, wait_verified
-from proxy.errors import RefusedError
 
 Domain = Annotated[str, typer.Argument(metavar="DOMAIN", help="The domain's name.")]
 

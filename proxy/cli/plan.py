@@ -16,7 +16,7 @@ def plan_failover(domain: DomainObject, target: str | None) -> PlanObject:
     name = domain["name"]
     if domain["state"] == "maintenance":
         raise RefusedError(f"domain {name} is in maintenance; start it first")
-    if domain["state"] not in _OBEYING:
+    if domain["state"] not in _OBEYING or domain["hold"] is not None:
         raise RefusedError(f"domain {name} is {domain['state']}: {domain['trouble']}")
     legs = {leg["group"]: leg for leg in domain["legs"]}
     chosen = _successor(domain) if target is None else _named(domain, legs, target)

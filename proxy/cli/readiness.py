@@ -55,6 +55,8 @@ def _describe(leg: LegObject, percent_step: int) -> str:
 def _remedy(domain: DomainObject, behind: list[LegObject]) -> str:
     if domain["state"] == "maintenance":
         return f"standfast domain start {domain['name']}"
+    if domain["hold"] is not None:
+        return f"standfast domain release {domain['name']}"
     if any(leg["state"] == "outdated" for leg in behind):
         return f"standfast resync {domain['name']}"
     return ""

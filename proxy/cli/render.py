@@ -193,6 +193,9 @@ def _domain_facts(domain: DomainObject) -> list[tuple[str, Cell]]:
     ]
     if domain["listen"]:
         facts.insert(5, ("listen", domain["listen"]))
+    if (hold := domain["hold"]) is not None:
+        until = f", until {hold['until']} at the latest" if hold["until"] else ""
+        facts.insert(0, ("hold", f"by the operator since {hold['at']}{until}"))
     if domain["trouble"]:
         facts.insert(0, ("trouble", domain["trouble"]))
     return facts

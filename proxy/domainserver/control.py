@@ -464,6 +464,17 @@ class Server:
             code = error.errno or EIO
         await self._send({"event": {"kind": "ZEROED", "disk": disk, "code": code}})
 
+    async def _flush(self, frame: Frame) -> int:
+        """Flush every leg, also while clients are held. Answered at once; the event ``flushed`` tells the end."""
+        assert self._nursery is not None
+        token = self.engine.submit(RequestKind.FLUSH)
+        self._nursery.start_soon(self._finish_flush, token)
+        return token
+
+    async def _finish_flush(self, token: int) -> None:
+        code = await self._wait_done(token)
+        await self._send({"event": {"kind": "FLUSHED", "token": token, "code": code}})
+
     async def _wait_done(self, token: int) -> int:
         async with self._changed:
             while token not in self._done:
@@ -526,5 +537,6 @@ _OPERATIONS: dict[str, Callable[[Server, Frame], Awaitable[Any]]] = {
     "stop-verify": Server._stop_verify,
     "verified-noted": Server._note_verified,
     "zero": Server._zero,
+    "flush": Server._flush,
     "stop": Server._stop,
 }

@@ -46,7 +46,8 @@ cdef void admit(Core *core, Request *request) noexcept nogil:
     request.claim_end = (request.offset + request.length + CLAIM_BLOCK - 1) & ~<uint64_t>(CLAIM_BLOCK - 1)
     request.exclusive = (request.kind == WRITE or request.kind == ZERO or request.kind == TRIM
                          or request.kind == REPAIR or (request.kind == VERIFY and request.step.exclusive))
-    if core.held:
+    # A flush of the control thread's own covers what is there: an operator's hold is made durable by one.
+    if core.held and (request.kind != FLUSH or not request.token or core.map == NULL):
         request.state = HELD
         mark_replayed(core, request)
         list_push(&core.held_requests, request)

@@ -50,6 +50,16 @@ class NewDomain(_Body):
     failback: str = "manual"
 
 
+class Nothing(_Body):
+    """An order with nothing to add. Read all the same: an answer that overtakes its request's body ends the connection."""
+
+
+class Hold(_Body):
+    """For how long to hold; until the release when absent."""
+
+    timeout_s: float | None = Field(default=None, gt=0, le=30 * 24 * 3600)
+
+
 class Policies(_Body):
     """Policies to set; what is absent stays as it is."""
 
@@ -236,8 +246,16 @@ def _add_domains(app: FastAPI, service: Service) -> None:
         return await domain_view(service, await service.stop_verify(name))
 
     @app.post("/domains/{name}/failback")
-    async def fail_back(name: str) -> dict[str, Any]:
+    async def fail_back(name: str, body: Nothing | None = None) -> dict[str, Any]:
         return await domain_view(service, await service.fail_back(name))
+
+    @app.post("/domains/{name}/hold")
+    async def hold_domain(name: str, body: Hold) -> dict[str, Any]:
+        return await domain_view(service, await service.hold_domain(name, body.timeout_s))
+
+    @app.post("/domains/{name}/release")
+    async def release_domain(name: str, body: Nothing | None = None) -> dict[str, Any]:
+        return await domain_view(service, await service.release_domain(name))
 
     @app.post("/domains/{name}/set")
     async def set_domain(name: str, body: Policies) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from proxy.failover import Change, LegRecord, Record
 from proxy.manager import groups, process
 from proxy.manager.labels import Labels
 from proxy.manager.legs import is_remote
-from proxy.manager.session import Order, Session
+from proxy.manager.session import Order, Session, release_change
 from proxy.manager.settings import Settings
 from proxy.manager.supervisor import STOP_PATIENCE_S, Supervisor
 from proxy.model import (
@@ -48,6 +48,8 @@ SOCKET_PATH_MAX = 107
 CREATE_TIMEOUT_S = 60
 #: How long an ordered failover waits to learn what clients felt of it: a moment after it is over.
 RECEIPT_PATIENCE_S = 2
+#: How long an operator's hold may take to be reached: devices that hang are given up long before.
+HOLD_PATIENCE_S = 60
 
 
 class Service:
@@ -412,6 +414,50 @@ class Service:
 
         if not await supervisor.do(rest):
             raise RefusedError(f"domain {supervisor.name} did not change: {supervisor.trouble()}")
+
+    async def hold_domain(self, name: str, timeout_s: float | None) -> DomainRecord:
+        """Hold a domain's clients; returns when all they had under way is done on every leg, and flushed.
+
+        Args:
+            timeout_s: when to release them again; None: when ``release_domain`` is called.
+
+        Raises:
+            RefusedError: it is held already; or it could not be reached, and clients are not held.
+        """
+        supervisor = self._supervisor(name)
+
+        async def begin(session: Session) -> Order:
+            return await session.hold(timeout_s)
+
+        order = await supervisor.do(begin)
+        try:
+            with trio.fail_after(HOLD_PATIENCE_S):
+                await order.outcome()
+        except (RefusedError, trio.TooSlowError) as error:
+            trouble = str(error) or supervisor.trouble()
+            with suppress(RefusedError):
+                await self.release_domain(name)
+            raise RefusedError(
+                f"domain {name} could not be held at one point of the order of writes, and is released again: {trouble}"
+            ) from error
+        return self.store.domain(name)
+
+    async def release_domain(self, name: str) -> DomainRecord:
+        """End the operator's hold. Raises RefusedError when there is none."""
+        domain = self.store.domain(name)
+        why = "ordered by the operator"
+        if name in self.supervisors:
+
+            async def release(session: Session) -> None:
+                await session.release(why)
+
+            await self.supervisors[name].do(release)
+        elif domain.hold is None:
+            raise RefusedError(f"domain {name} is not held by the operator")
+        else:
+            self.store.change(domain.domain.id, release_change(name, why), time.time())
+        self.note_change()
+        return self.store.domain(name)
 
     def set_domain(self, name: str, *, failback: str | None) -> DomainRecord:
         """Change a domain's policies; what is None stays as it is.

@@ -29,6 +29,7 @@ from proxy.failover import (
     Failover,
     Fence,
     Hold,
+    HoldOrdered,
     Input,
     Install,
     Installed,
@@ -42,6 +43,7 @@ from proxy.failover import (
     RecordFailed,
     RejectParked,
     Release,
+    ReleaseOrdered,
     RetryRecord,
     Started,
     Stuck,
@@ -52,7 +54,7 @@ from proxy.manager.labels import Labels
 from proxy.manager.legs import Leg, Legs, Numbers, evidence_of, is_evidence, is_remote
 from proxy.manager.link import CommandError, Link, ServerGoneError
 from proxy.manager.settings import Settings
-from proxy.model import FailoverReceipt, Group, LegState, Severity
+from proxy.model import FailoverReceipt, Group, LegState, OperatorHold, Severity
 from proxy.sizes import KIB, MIB, format_size
 from proxy.store import Change as StoreChange
 from proxy.store import DiskRecord, DomainRecord, NewEvent, Store
@@ -61,6 +63,8 @@ log = logging.getLogger("standfast.session")
 
 #: Between two automatic failbacks: a leg that fails as soon as it is used must not have clients wait all the time.
 FAILBACK_PAUSE_S = 30.0
+#: Phases in which nothing is under way.
+AT_REST = (Phase.SERVING, Phase.HELD, Phase.PAUSED)
 
 
 @dataclass(slots=True)
@@ -140,7 +144,8 @@ class Session:
         self.name = name
         self.link = link
         self.store = store
-        self.machine = Failover(store.domain(name).record)
+        domain = store.domain(name)
+        self.machine = Failover(domain.record, operator_hold=domain.hold is not None)
         self.legs = Legs(link, settings, numbers)
         self.stuck = ""
         self._making = making
@@ -155,6 +160,9 @@ class Session:
         self._resyncs: dict[str, Order] = {}
         self._verifying = False
         self._zeroing: dict[int, Order] = {}
+        self._holding: Order | None = None  # done when an operator's hold has been reached
+        self._flush_token: int | None = None  # of the flush that an operator's hold ends with
+        self._flushed_generation = 0  # of the map under which it has
         self._door_due = ""  # the TCP address that could not be had yet
         self._hold_number = 0
         self._unsettled: int | None = None
@@ -284,7 +292,7 @@ class Session:
         """
         while True:
             await self._reconcile()
-            if self.machine.phase in (Phase.SERVING, Phase.HELD):
+            if self.machine.phase in AT_REST:
                 settled()
             self._changed()
             item = await self._next()
@@ -305,7 +313,8 @@ class Session:
     def close(self) -> None:
         """The server is gone: nobody need wait for what only it could have done."""
         error = self._ended()
-        for order in [*self._resyncs.values(), *self._zeroing.values()]:
+        holding = [self._holding] if self._holding is not None else []
+        for order in [*self._resyncs.values(), *self._zeroing.values(), *holding]:
             order.finish(error)
         for order in self._postponed:
             self._post.send_nowait(order)
@@ -318,7 +327,7 @@ class Session:
 
     async def _next(self) -> Item | None:
         """The next thing, or None when it is only time to look again."""
-        if self._postponed and self.machine.phase in (Phase.SERVING, Phase.HELD):
+        if self._postponed and self.machine.phase in AT_REST:
             return self._postponed.popleft()
         with trio.move_on_after(self._settings.reopen_interval_s if self._is_waiting() else math.inf):
             return await self._queue.receive()
@@ -327,7 +336,7 @@ class Session:
     def _is_waiting(self) -> bool:
         """Whether something is to be looked at again although nobody will tell."""
         return (
-            self.machine.phase in (Phase.HELD, Phase.UNRECORDED)
+            self.machine.phase in (Phase.HELD, Phase.PAUSED, Phase.UNRECORDED)
             or bool(self._resyncs)
             or bool(self._door_due)
             or self._failback_since is not None
@@ -342,7 +351,7 @@ class Session:
     async def _take_order(self, order: Order) -> None:
         if order.done.is_set():
             return  # withdrawn
-        if self.machine.phase not in (Phase.SERVING, Phase.HELD):
+        if self.machine.phase not in AT_REST:
             self._postponed.append(order)
             return
         order.begun = True
@@ -390,6 +399,8 @@ class Session:
         elif kind == "READ_REPAIRED":
             if leg is not None:
                 await self._take_repair(leg, event)
+        elif kind == "FLUSHED":
+            self._take_flushed(event)
         elif kind == "REPLAYED":
             self._settle_failover(event["a"], event["b"])
         elif kind == "ZEROED" and event["disk"] in self._zeroing:
@@ -453,6 +464,16 @@ class Session:
             evidence = Evidence(EvidenceKind.ERROR, device, event["code"], detail)
             await self._feed(LegLost(leg.group.name, evidence))
 
+    def _take_flushed(self, event: dict[str, Any]) -> None:
+        if event["token"] != self._flush_token:
+            return  # of a hold or a map that is over
+        self._flush_token = None
+        if event["code"] == 0:
+            self._flushed_generation = self.machine.record.generation
+            if self._holding is not None:
+                self._holding.finish()
+                self._holding = None
+
     def _settle_failover(self, replayed: int, longest_ns: int) -> None:
         if self._unsettled is None:
             return
@@ -489,10 +510,10 @@ class Session:
             case MakeDurable(transition):
                 return self._make_durable(transition)
             case Install(record):
+                self.stuck = ""
                 await self._install(record)
                 return Installed()
             case Release():
-                self.stuck = ""
                 await self.link.call("release")
                 if self._unlabelled:
                     self._nursery.start_soon(self._label, self._unlabelled)
@@ -565,6 +586,8 @@ class Session:
             await self._listen(self._door_due, is_new=False)
         if self.machine.phase is Phase.HELD:
             await self._reopen_lost()
+        if self.machine.operator_hold:
+            await self._advance_hold()
         if self.machine.phase is Phase.SERVING:
             await self._advance_resyncs()
         if self.machine.phase is Phase.SERVING:
@@ -642,6 +665,21 @@ class Session:
                 leg.fresh_at = None
                 await self._feed(LegReturned(group))
                 return
+
+    async def _advance_hold(self) -> None:
+        """Make durable what was drained, under each map anew; let clients go on when the hold's time is over."""
+        hold = self.store.domain(self.name).hold
+        if hold is not None and hold.until is not None and time.time() >= hold.until:
+            if self.machine.phase in (Phase.PAUSED, Phase.HELD):
+                try:
+                    await self.release("its time is over")
+                except StoreError as error:
+                    log.warning("domain %s: %s", self.name, error)
+            return
+        if self.machine.phase is not Phase.PAUSED:
+            self._flush_token = None
+        elif self._flushed_generation != self.machine.record.generation and self._flush_token is None:
+            self._flush_token = await self.link.call("flush")
 
     async def _advance_resyncs(self) -> None:
         for group, order in list(self._resyncs.items()):
@@ -735,7 +773,16 @@ class Session:
     def need_serving(self) -> None:
         """Raise RefusedError unless clients are being served."""
         if self.machine.phase is not Phase.SERVING:
-            raise RefusedError(f"domain {self.name} is held: {self.stuck}")
+            raise self._held_refusal()
+
+    def trouble(self) -> str:
+        """Why clients wait, in one line; empty when they do not."""
+        if self.stuck or not self.machine.operator_hold:
+            return self.stuck
+        return f"held by the operator; let clients go on with: standfast domain release {self.name}"
+
+    def _held_refusal(self) -> RefusedError:
+        return RefusedError(f"domain {self.name} is {'held: ' if self.stuck else ''}{self.trouble()}")
 
     async def change(self, change: Change, store_change: StoreChange) -> None:
         """A new record without a failover, with ``store_change`` in the same transaction.
@@ -756,10 +803,50 @@ class Session:
 
     async def fail_over(self, target: str, reason: str = "ordered by the operator") -> None:
         """Begin a failover to ``target``. Raises RefusedError, or StoreError when it could not be recorded."""
+        if self.machine.operator_hold:
+            raise self._held_refusal()
         # Clients are not held for a store that takes nothing; this is how to know beforehand.
         message = f"domain {self.name} is to fail over to {target}: {reason}"
         self.store.add_events([NewEvent(Severity.INFO, "ordered", message, self.name)], time.time())
         await self._feed(Ordered(target, reason))
+
+    async def hold(self, timeout_s: float | None) -> Order:
+        """Hold all clients until ``release``, or for ``timeout_s``.
+
+        The answer is done when all of theirs is drained, at one point of the order of writes, and flushed.
+
+        Raises:
+            RefusedError: the domain is held already, by the operator or for want of a leg.
+            StoreError: it could not be recorded, and nobody is held.
+        """
+        self.need_serving()
+        at = time.time()
+        hold = OperatorHold(at, None if timeout_s is None else at + timeout_s)
+        event = NewEvent(Severity.INFO, "hold", f"domain {self.name} is held by the operator", self.name)
+        domain = self.store.domain(self.name).domain
+        # Recorded first: a hold that the operator relies on must outlive us all.
+        self.store.change(domain.id, StoreChange(hold=hold, events=[event]), at)
+        order = self._holding = Order(nothing)
+        await self._feed(HoldOrdered())
+        return order
+
+    async def release(self, why: str) -> None:
+        """End the operator's hold; clients go on unless they are held for another reason too.
+
+        Raises:
+            RefusedError: there is none.
+            StoreError: it could not be recorded, and goes on.
+        """
+        if not self.machine.operator_hold:
+            because = f"; it is held: {self.stuck}" if self.machine.is_held else ""
+            raise RefusedError(f"domain {self.name} is not held by the operator{because}")
+        self.store.change(self.store.domain(self.name).domain.id, release_change(self.name, why), time.time())
+        if self._holding is not None:
+            self._holding.finish(RefusedError(f"domain {self.name} was released meanwhile"))
+            self._holding = None
+        self._flush_token = None
+        self._flushed_generation = 0
+        await self._feed(ReleaseOrdered())
 
     async def fail_back(self) -> str:
         """Begin the return to the preferred leg, and say which one that is.
@@ -853,6 +940,12 @@ class Session:
             self.store.add_events([event], time.time())
         except StoreError as error:
             log.warning("event not recorded: %s", error)
+
+
+def release_change(name: str, why: str) -> StoreChange:
+    """What the end of an operator's hold changes in the store."""
+    event = NewEvent(Severity.INFO, "release", f"domain {name} is released: {why}", name)
+    return StoreChange(release=True, events=[event])
 
 
 async def nothing(session: Session) -> None:

@@ -101,7 +101,7 @@ class Supervisor:
         """Why clients wait, in one line; empty when they do not."""
         if self._session is None:
             return self.failure or "the domain server is being started"
-        return self._session.stuck
+        return self._session.trouble()
 
     def lost(self) -> Mapping[str, str]:
         """What speaks against legs that are attached, by group."""

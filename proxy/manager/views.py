@@ -10,7 +10,16 @@ from proxy.allocator import free_size
 from proxy.failover import LegRecord
 from proxy.manager.maps import copy_ranges, domain_map
 from proxy.manager.service import Service
-from proxy.model import DomainState, Event, FailoverReceipt, Group, LegState, Role, VerifyReceipt
+from proxy.model import (
+    DomainState,
+    Event,
+    FailoverReceipt,
+    Group,
+    LegState,
+    OperatorHold,
+    Role,
+    VerifyReceipt,
+)
 from proxy.store import DiskRecord, DomainRecord
 
 #: Of one map in one answer: enough to see its shape; a striped map has a million.
@@ -79,6 +88,7 @@ async def domain_view(service: Service, domain: DomainRecord) -> dict[str, Any]:
         "uuid": str(domain.domain.uuid),
         "replication": domain.domain.replication,
         "failback": str(domain.domain.failback),
+        "hold": _hold_view(domain.hold),
         "address": str(service.run_directory / name / "nbd.sock"),
         "listen": domain.domain.listen or None,
         "trouble": supervisor.trouble() if supervisor is not None else "",
@@ -161,6 +171,12 @@ def _sync_view(copy: dict[str, Any] | None, dirty_bytes: int) -> dict[str, Any]:
         "rate": int(rate),
         "seconds_left": round((copy["total"] - copy["copied"]) / rate, 1) if rate else None,
     }
+
+
+def _hold_view(hold: OperatorHold | None) -> dict[str, Any] | None:
+    if hold is None:
+        return None
+    return {"at": instant(hold.at), "until": None if hold.until is None else instant(hold.until)}
 
 
 def _receipt_view(receipt: FailoverReceipt | None) -> dict[str, Any] | None:

@@ -26,6 +26,7 @@ from proxy.model import (
     Group,
     GroupId,
     Layout,
+    OperatorHold,
     Replication,
     Severity,
     VerifyReceipt,
@@ -74,6 +75,7 @@ class DomainRecord:
     disks: tuple[DiskRecord, ...]
     last_failover: FailoverReceipt | None
     last_verify: VerifyReceipt | None
+    hold: OperatorHold | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,8 @@ class Change:
     session: int | None = None
     desired: Desired | None = None
     failback: Failback | None = None
+    hold: OperatorHold | None = None
+    release: bool = False  # end the operator's hold
     failover: FailoverReceipt | None = None
     verify: VerifyReceipt | None = None
     add_disk: DiskRecord | None = None

@@ -30,6 +30,7 @@ from proxy.model import (
     LayoutKind,
     LegState,
     Mismatch,
+    OperatorHold,
     Replication,
     Severity,
     VerifyOutcome,
@@ -160,6 +161,11 @@ _MIGRATIONS = (
     """
     ALTER TABLE domains ADD COLUMN failback_after_s REAL;
     ALTER TABLE failovers ADD COLUMN planned INTEGER NOT NULL DEFAULT 0;
+    CREATE TABLE holds (
+        domain_id INTEGER PRIMARY KEY REFERENCES domains (id) ON DELETE CASCADE,
+        at REAL NOT NULL,
+        until REAL
+    ) STRICT;
     """,
 )
 
@@ -354,6 +360,7 @@ class SqliteStore:
             ranges: dict[tuple[int, int], list[Range]] = {}
             disks: dict[int, list[DiskRecord]] = {}
             failovers: dict[int, FailoverReceipt] = {}
+            holds: dict[int, OperatorHold] = {}
             only = f"WHERE l.domain_id = {rows[0][0]}" if where and rows else ""
             for domain_id, group, state, blocked in self._db.execute(
                 "SELECT l.domain_id, g.name, l.state, l.blocked FROM legs l JOIN groups g ON g.id = l.group_id"
@@ -390,6 +397,10 @@ class SqliteStore:
                     f" l.mismatched, l.repaired, l.unreadable, l.unlisted FROM verifies l {only}"
                 )
             }
+            for domain_id, at, until in self._db.execute(
+                f"SELECT l.domain_id, l.at, l.until FROM holds l {only}"
+            ):
+                holds[domain_id] = OperatorHold(at, until)
             return [
                 DomainRecord(
                     Domain(
@@ -409,6 +420,7 @@ class SqliteStore:
                     tuple(disks.get(domain_id, ())),
                     failovers.get(domain_id),
                     verifies.get(domain_id),
+                    holds.get(domain_id),
                 )
                 for (
                     domain_id,
@@ -497,6 +509,13 @@ class SqliteStore:
             if change.failback is not None:
                 db.execute(
                     "UPDATE domains SET failback_after_s = ? WHERE id = ?", (change.failback.after_s, domain)
+                )
+            if change.release or change.hold is not None:
+                db.execute("DELETE FROM holds WHERE domain_id = ?", (domain,))
+            if change.hold is not None:
+                db.execute(
+                    "INSERT INTO holds (domain_id, at, until) VALUES (?, ?, ?)",
+                    (domain, change.hold.at, change.hold.until),
                 )
             if change.failover is not None:
                 receipt = change.failover

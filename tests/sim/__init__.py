@@ -24,7 +24,7 @@ What is simulated
       ``proxy.manager.session``. It hears of events a little late and is killed between any two steps, also
       between a commit and the word of it. A new one adopts the domain server.
     * *The store*: one record, changed after a while, or refused because the disk is full.
-    * *An operator* who orders failovers, resyncs and verifies whenever he likes. The content of a leg that is outdated
+    * *An operator* who orders failovers, resyncs, verifies and holds whenever he likes. The content of a leg that is outdated
       is overwritten with rubbish before it is synced, so that nothing of it can be relied on by chance.
 
 What is checked
@@ -37,6 +37,7 @@ What is checked
     * so is what a read has shown, so that no failover can take it back;
     * a leg that the store comes to call up to date has all that was ever acknowledged or flushed;
     * so have all legs at a planned switch, and if nothing was wrong with any of them, they hold the same bytes.
+    * so have all legs, durably, when an operator's hold is reached, and none that serves changes until its end.
     From what is sent where and when:
     * no byte goes to a leg once it is fenced, or to one that takes no part by the store; reads go to the active
       leg, and to an up-to-date backup only once another leg has answered with an error or legs are compared;

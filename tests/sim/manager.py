@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from proxy.engine import Event, EventKind
+from proxy.engine import Event, EventKind, RequestKind
 from proxy.errors import RefusedError
 from proxy.failover import (
     Adopted,
@@ -20,6 +20,7 @@ from proxy.failover import (
     Failover,
     Fence,
     Hold,
+    HoldOrdered,
     Input,
     Install,
     Installed,
@@ -33,6 +34,7 @@ from proxy.failover import (
     RecordFailed,
     RejectParked,
     Release,
+    ReleaseOrdered,
     RetryRecord,
     Started,
     Stuck,
@@ -58,12 +60,14 @@ class Store:
     Attributes:
         is_full: it refuses every change.
         session_open: a domain server was started and has not ended cleanly.
+        hold: the operator has clients held.
     """
 
     def __init__(self, record: Record, agenda: Agenda, *, changed: Callable[[Transition], None]) -> None:
         self.record = record
         self.is_full = False
         self.session_open = False
+        self.hold = False
         self._agenda = agenda
         self._changed = changed
         self._pending: Transition | None = None
@@ -121,6 +125,7 @@ class Manager:
     Args:
         held: called when the machine has decided, before the domain holds.
         rejected: called when clients are about to be told of an error.
+        flushed: called when an operator's hold has been reached, and all is flushed.
         died: called when it has crashed in the middle of its work.
     """
 
@@ -134,6 +139,7 @@ class Manager:
         *,
         held: Callable[[], None],
         rejected: Callable[[], None],
+        flushed: Callable[[], None],
         next_number: Callable[[], int],
         died: Callable[[], None],
     ) -> None:
@@ -142,13 +148,16 @@ class Manager:
         self.server = server
         self.groups = groups
         self.disks = disks
-        self.machine = Failover(store.record)
+        self.machine = Failover(store.record, operator_hold=store.hold)
         self.open: dict[str, Leg] = {}
         self.resyncs: set[str] = set()
         self.alive = True
         self.dies_in: int | None = None  # so many steps from now
         self._held = held
         self._rejected = rejected
+        self._flushed = flushed
+        self._flush_token: int | None = None
+        self._flushed_generation = 0
         self._next_number = next_number
         self._died = died
         self._leaving: dict[int, Leg] = {}
@@ -318,6 +327,11 @@ class Manager:
             self._take_repair(leg, event.code)
         elif event.kind is EventKind.COPIED and leg is not None:
             leg.copying, leg.copied = False, event.code == 0
+        elif event.kind is EventKind.DONE and event.a == self._flush_token:
+            self._flush_token = None
+            if event.code == 0:
+                self._flushed_generation = self.machine.record.generation
+                self._flushed()
 
     def _take_evidence(self, leg: Leg, evidence: Evidence) -> None:
         name = leg.group.name
@@ -383,8 +397,13 @@ class Manager:
         """Bring lost legs back to a held domain, and sync what is to be synced."""
         if not self.alive or self._busy or self._effects:
             return
+        if self.machine.phase is not Phase.PAUSED:
+            self._flush_token = None
         if self.machine.phase is Phase.HELD:
             self._reopen_lost()
+        elif self.machine.phase is Phase.PAUSED:
+            if self._flush_token is None and self._flushed_generation != self.machine.record.generation:
+                self._flush_token = self.server.engine.submit(RequestKind.FLUSH)
         elif self.machine.phase is Phase.SERVING:
             self._advance_resyncs()
             if self.machine.phase is Phase.SERVING:
@@ -459,18 +478,39 @@ class Manager:
             self.alive
             and not self._busy
             and not self._effects
-            and self.machine.phase in (Phase.SERVING, Phase.HELD)
+            and self.machine.phase in (Phase.SERVING, Phase.HELD, Phase.PAUSED)
         )
 
     def order_failover(self, target: str) -> None:
         """Have another leg be active."""
-        if self.is_idle:
+        if self.is_idle and not self.machine.operator_hold:
             try:
                 self._give(Ordered(target))
             except RefusedError:
                 self.agenda.count("orders refused")
             else:
                 self.agenda.count("orders")
+
+    def order_hold(self) -> None:
+        """Have clients held at one point of the order of writes."""
+        if self.is_idle and self.machine.phase is Phase.SERVING and not self.store.is_full:
+            self.agenda.count("operator's holds")
+            self.store.hold = True
+            if not self.agenda.chance(0.1):
+                self._give(HoldOrdered())
+            else:
+                self._died()  # between the one and the other
+
+    def order_release(self) -> None:
+        """Let clients go on."""
+        if self.is_idle and self.machine.operator_hold and not self.store.is_full:
+            self.store.hold = False
+            self._flush_token = None
+            self._flushed_generation = 0
+            if not self.agenda.chance(0.1):
+                self._give(ReleaseOrdered())
+            else:
+                self._died()
 
     def order_resync(self, name: str) -> None:
         """Have an outdated leg brought back."""

@@ -21,7 +21,17 @@ from tests.sim.wire import Reply
 #: Multiples of three devices by two chunks of the largest size, so that every layout fits.
 DOMAIN_SIZES = (49152, 98304)
 #: What may befall a domain, one by one.
-KINDS = ("stall", "break", "down", "lose active", "manager crash", "server crash", "store full", "failover")
+KINDS = (
+    "stall",
+    "break",
+    "down",
+    "lose active",
+    "manager crash",
+    "server crash",
+    "store full",
+    "failover",
+    "hold",
+)
 #: With every fault off, this is more than enough to come to rest.
 REST_NS = 300 * SECOND_NS
 
@@ -62,7 +72,8 @@ class Chaos:
         elif theme == "medium":
             weights |= {"lose active": 2, "sick active": 6, "resync": 8}
         elif theme == "orders":
-            weights |= {"failover": 8, "break": random.choice((0, 1)), "manager crash": 1, "resync": 8}
+            weights |= {"failover": 8, "hold": 4, "break": random.choice((0, 1)), "resync": 8}
+            weights |= {"manager crash": 1, "server crash": random.choice((0, 1))}
         elif theme == "store":
             weights |= {"store full": 3, "failover": 3, "break": 2, "lose active": 1, "resync": 6}
         else:
@@ -114,6 +125,7 @@ class World:
         self._flushes_checked = 0
         self._undecided = False  # a failover is decided, is not durable yet, and is watched
         self._rejected_at = -1
+        self._snapshot: dict[tuple[str, int], bytes] = {}  # of an operator's hold, by group and disk
         self._leg_number = 0
         self._server_due = False
         self.clients = [
@@ -234,6 +246,7 @@ class World:
             self.disks,
             held=self._decided,
             rejected=self._reject,
+            flushed=self._held_by_operator,
             next_number=self._next_leg_number,
             died=self._crash_manager,
         )
@@ -334,6 +347,10 @@ class World:
                 if self.server is not None:
                     rate = random.choice((0, 0, 1 << 20))
                     self.server.verify(self.disks, rate=rate, repair=self.agenda.chance(0.3))
+            case "hold":
+                if self.manager is not None:
+                    self.manager.order_hold()
+                    self.agenda.after(duration_ns, self._release)
             case "resync":
                 self._order_resyncs()
         self.agenda.after(int(random.expovariate(1 / self.chaos.pause_ns)), self._befall)
@@ -356,7 +373,13 @@ class World:
                 device.recover()
         self.agenda.after(0, self._repair)
 
+    def _release(self) -> None:
+        if self.manager is not None and self.manager.alive:
+            self._check_snapshot()
+            self.manager.order_release()
+
     def _repair(self) -> None:
+        self._release()
         self._order_resyncs()
         self.agenda.after(20 * MILLISECOND_NS, self._repair)
 
@@ -408,6 +431,31 @@ class World:
                 self._check_leg(
                     leg.group, f"{leg.group} was recorded up to date", self.history.flushed, durable=True
                 )
+
+    def _held_by_operator(self) -> None:
+        """An operator's hold was reached: a snapshot of any leg has to be what clients were promised."""
+        self.agenda.count("snapshots")
+        for leg in self.store.record.legs:
+            if leg.state is LegState.UPTODATE:
+                self._check_leg(leg.group, "clients were held", self.history.floors(), durable=True)
+        self._snapshot = {
+            (leg.group, disk.number): self.groups[leg.group].content(disk.offset, disk.allotted)
+            for leg in self.store.record.legs
+            for disk in self.disks
+            if leg.state is LegState.UPTODATE
+        }
+
+    def _check_snapshot(self) -> None:
+        """Nothing may have changed on the legs that serve for as long as clients were held."""
+        manager = self.manager
+        if self._snapshot and manager is not None and manager.is_idle and manager.machine.operator_hold:
+            for leg in self.store.record.legs:
+                for disk in self.disks:
+                    before = self._snapshot.get((leg.group, disk.number))
+                    now = self.groups[leg.group].content(disk.offset, disk.allotted)
+                    if leg.state is LegState.UPTODATE and before not in (None, now):
+                        raise Violation(f"{leg.group} has changed while clients were held")
+        self._snapshot = {}
 
     def _reject(self) -> None:
         self.agenda.count("rejections")

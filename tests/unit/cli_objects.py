@@ -57,6 +57,7 @@ def domain(*legs: LegObject, **changes: Any) -> DomainObject:
         "active": "alpha",
         "replication": "sync",
         "failback": "manual",
+        "hold": None,
         "address": "/run/standfast/vol1/nbd.sock",
         "listen": None,
         "trouble": "",

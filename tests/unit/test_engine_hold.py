@@ -3,7 +3,7 @@
 import errno
 
 from proxy.engine import EventKind, OpKind, RequestKind
-from tests.sim.rig import Rig, pattern
+from tests.sim.rig import DEVICE_BASE, Rig, pattern
 
 KIB = 1024
 
@@ -231,7 +231,7 @@ def test_own_request_under_hold_waits_and_tells_done_with_its_token() -> None:
     rig.start(1)
     rig.engine.hold()
     first = rig.engine.submit(RequestKind.ZERO, 0, 0, 8 * KIB)
-    second = rig.engine.submit(RequestKind.FLUSH)
+    second = rig.engine.submit(RequestKind.ZERO, 0, 8 * KIB, 8 * KIB)
     rig.run()
     assert rig.take_events(EventKind.DONE) == []
     rig.engine.release()
@@ -250,3 +250,23 @@ def test_read_past_the_end_of_a_disk_that_shrank_while_it_was_held_is_refused() 
     rig.engine.release()
     rig.run()
     assert (client.error(read), client.error(write)) == (errno.EINVAL, errno.ENOSPC)
+
+
+def test_flush_of_our_own_is_done_while_clients_are_held_and_theirs_waits() -> None:
+    rig = Rig()
+    rig.add_leg(1)
+    client = rig.start(1)
+    cookie = client.write(0, pattern(4096))
+    rig.run()
+    assert client.error(cookie) == 0
+    rig.engine.hold()
+    theirs = client.flush()
+    token = rig.engine.submit(RequestKind.FLUSH)
+    rig.run()
+    assert [event.a for event in rig.take_events(EventKind.DONE)] == [token]
+    assert client.error(theirs) is None
+    (device,) = rig.legs[1].devices
+    assert device.medium.durable[DEVICE_BASE : DEVICE_BASE + 4096] == pattern(4096)
+    rig.engine.release()
+    rig.run()
+    assert client.error(theirs) == 0

@@ -17,6 +17,7 @@ from proxy.failover import (
     Failover,
     Fence,
     Hold,
+    HoldOrdered,
     IllegalTransitionError,
     Input,
     Install,
@@ -32,6 +33,7 @@ from proxy.failover import (
     RecordFailed,
     RejectParked,
     Release,
+    ReleaseOrdered,
     RetryRecord,
     Started,
     Stuck,
@@ -431,6 +433,67 @@ def test_adoption_heeds_what_speaks_against_a_leg() -> None:
     ]
 
 
+# --- The operator's hold --------------------------------------------------------------------------
+
+
+def paused(start: Record | None = None) -> Failover:
+    """A machine whose clients the operator has held, under the second record after ``start``."""
+    machine = serving(start)
+    assert machine.receive(HoldOrdered()) == [Hold()]
+    assert after(machine, Drained(), Recorded(), Installed()) == []
+    assert (machine.phase, machine.is_held) == (Phase.PAUSED, True)
+    return machine
+
+
+def test_operators_hold_ends_with_his_release_only() -> None:
+    machine = paused()
+    assert machine.receive(ReleaseOrdered()) == [Release()]
+    assert (machine.phase, machine.is_held, machine.operator_hold) == (Phase.SERVING, False, False)
+
+
+def test_leg_lost_in_an_operators_hold_is_failed_over_from_and_nothing_released() -> None:
+    machine = paused()
+    assert machine.receive(LegLost("a", GONE)) == [Hold(), Fence("a")]
+    assert durable(machine.receive(Drained())) == record("b", 8, a=OUTDATED, b=UPTODATE)
+    assert after(machine, Recorded(), Installed()) == []
+    assert machine.phase is Phase.PAUSED
+    assert machine.receive(ReleaseOrdered()) == [Release()]
+
+
+def test_medium_error_in_an_operators_hold_is_told_to_nobody() -> None:
+    # What was parked before the hold may be done well under another map.
+    assert [type(effect) for effect in paused(record(a=UPTODATE)).receive(LegLost("a", BAD_SECTOR))] == [
+        Hold,
+        Stuck,
+    ]
+
+
+def test_release_ordered_while_no_leg_is_left_takes_effect_when_one_returns() -> None:
+    machine = paused(record(a=UPTODATE))
+    machine.receive(LegLost("a", GONE))
+    assert machine.receive(ReleaseOrdered()) == []
+    assert machine.phase is Phase.HELD
+    assert after(machine, LegReturned("a"), Drained(), Recorded(), Installed()) == [Release()]
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        Started({}, unclean=False),
+        Adopted({}, frozenset("ab"), held=False, generation=5),
+        Adopted({}, frozenset("ab"), held=True, generation=5),
+    ],
+)
+def test_operators_hold_outlives_manager_and_domain_server(first: Input) -> None:
+    machine = Failover(record(), operator_hold=True)
+    effects = machine.receive(first)
+    if not isinstance(first, Started):
+        assert effects == [Hold()]
+        machine.receive(Drained())
+    assert after(machine, Recorded(), Installed()) == []
+    assert machine.phase is Phase.PAUSED
+
+
 # --- The table ------------------------------------------------------------------------------------
 
 EVENTS: dict[type[Input], Input] = {
@@ -439,6 +502,8 @@ EVENTS: dict[type[Input], Input] = {
     LegLost: LegLost("a", GONE),
     LegReturned: LegReturned("a"),
     Ordered: Ordered("b"),
+    HoldOrdered: HoldOrdered(),
+    ReleaseOrdered: ReleaseOrdered(),
     Change: Change({}, "disks"),
     Drained: Drained(),
     Recorded: Recorded(),
@@ -457,6 +522,7 @@ def in_phase(phase: Phase) -> Failover:
         Phase.RECORDING: (LegLost("b", GONE), Drained()),
         Phase.UNRECORDED: (LegLost("b", GONE), Drained(), RecordFailed("no space")),
         Phase.INSTALLING: (LegLost("b", GONE), Drained(), Recorded()),
+        Phase.PAUSED: (HoldOrdered(), Drained(), Recorded(), Installed()),
     }
     for event in path[phase]:
         machine.receive(event)
@@ -537,6 +603,7 @@ class World:
                     self.installed = wanted.generation
                 case Release():
                     assert not self.decided, "released before it was durable"
+                    assert not self.machine.operator_hold, "released although the operator holds"
                     assert self.installed == self.store.generation
                     self.held = False
                 case RejectParked():
