@@ -213,6 +213,13 @@ class Ordered:
 
 
 @dataclass(frozen=True, slots=True)
+class LegDismissed:
+    """A backup is to take part no more, although nothing speaks against it."""
+
+    group: GroupName
+
+
+@dataclass(frozen=True, slots=True)
 class HoldOrdered:
     """The operator wants clients held, and all of theirs done: it is reached in phase PAUSED."""
 
@@ -228,10 +235,14 @@ class Change:
 
     Only the two steps of a sync are heeded: outdated to syncing, and syncing to uptodate. A leg
     that was lost meanwhile keeps the state that gave it.
+
+    ``legs``, if given, is the legs there are to be, in order of preference. New ones join outdated; one
+    that is left out goes only if it is outdated.
     """
 
     states: Mapping[GroupName, LegState]
     reason: str
+    legs: tuple[GroupName, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +278,7 @@ Input = (
     | LegLost
     | LegReturned
     | Ordered
+    | LegDismissed
     | HoldOrdered
     | ReleaseOrdered
     | Change
@@ -342,6 +354,7 @@ class Failover:
     lost: dict[GroupName, Evidence] = field(default_factory=dict)
     target: GroupName | None = None
     order_reason: str = ""
+    dismissed: GroupName | None = None
     fenced: set[GroupName] = field(default_factory=set)
     _held: bool = True
     _transition: Transition | None = None
@@ -392,13 +405,23 @@ class Failover:
             if successor is None:
                 return None
             active = successor
-        legs = tuple(self._next_leg(leg, active) for leg in before.legs)
+        legs = tuple(self._next_leg(leg, active) for leg in self._wanted_legs())
         return Transition(before, Record(before.generation + 1, active, legs), self._reason(active))
+
+    def _wanted_legs(self) -> tuple[LegRecord, ...]:
+        legs = self.record.legs
+        wanted = self._change.legs if self._change else None
+        if wanted is None:
+            return legs
+        known = {leg.group: leg for leg in legs}
+        kept = [leg for leg in legs if leg.group not in wanted and leg.state is not LegState.OUTDATED]
+        joined = [known.get(group, LegRecord(group, LegState.OUTDATED, blocked=True)) for group in wanted]
+        return (*joined, *kept)
 
     def _next_leg(self, leg: LegRecord, active: GroupName) -> LegRecord:
         if leg.group == active:
             return LegRecord(leg.group, LegState.UPTODATE)
-        if leg.state is not LegState.OUTDATED and leg.group in self.lost:
+        if leg.state is not LegState.OUTDATED and leg.group in (*self.lost, self.dismissed):
             # It misses, or will miss, what is acknowledged from now on.
             return LegRecord(leg.group, LegState.OUTDATED, blocked=True)
         if self._resync and leg.state is LegState.UPTODATE:
@@ -426,7 +449,9 @@ class Failover:
             self.phase = Phase.HELD
             return [Hold(), Stuck(self._stuck_reason())]
         self.phase = Phase.DRAINING
-        return [Hold(), *self._fence(self._dropped(transition))]
+        # A leg that is dismissed stays open until what is in flight on it is done, so that nothing of it is of
+        # unknown fate; and is still there should it have to take over.
+        return [Hold(), *self._fence(group for group in self._dropped(transition) if group in self.lost)]
 
     def _dropped(self, transition: Transition) -> list[GroupName]:
         attached = transition.after.attached()
@@ -445,7 +470,11 @@ class Failover:
             return [Stuck(self._stuck_reason())]
         self.phase = Phase.RECORDING
         self._transition = transition
-        return [*self._fence(self._dropped(transition)), MakeDurable(transition)]
+        dropped = self._dropped(transition)
+        for group in dropped:
+            # Fenced, it is lost to us even if this record should never be durable.
+            self.lost.setdefault(group, Evidence(EvidenceKind.OPERATOR))
+        return [*self._fence(dropped), MakeDurable(transition)]
 
     def _stuck_reason(self) -> str:
         return f"no up-to-date leg is left to serve from: {'; '.join(map(str, self.lost.values()))}"
@@ -537,6 +566,14 @@ class Failover:
             state = f"{leg.state} and blocked" if leg.blocked else str(leg.state)
             raise RefusedError(f"group {target} cannot take over: it is {state}; only an uptodate leg can")
 
+    def _on_dismissed(self, event: LegDismissed) -> list[Effect]:
+        if event.group == self.record.active:
+            raise RefusedError(f"group {event.group} is active; make another leg active first")
+        if event.group not in self.record.attached():
+            return []
+        self.dismissed = event.group
+        return self._begin()
+
     def _on_hold_ordered(self, event: HoldOrdered) -> list[Effect]:
         self.operator_hold = True
         return self._begin()
@@ -581,6 +618,7 @@ class Failover:
         self._change = None
         self._resync = False
         self.target = None
+        self.dismissed = None
         attached = self.record.attached()
         self.lost = {group: evidence for group, evidence in self.lost.items() if group in attached}
         self.fenced &= set(attached)
@@ -628,6 +666,7 @@ _TABLE: Mapping[tuple[Phase, type[Input]], _Handler] = MappingProxyType(
     {
         (Phase.SERVING, LegLost): Failover._on_lost_serving,
         (Phase.SERVING, Ordered): Failover._on_ordered_serving,
+        (Phase.SERVING, LegDismissed): Failover._on_dismissed,
         (Phase.SERVING, HoldOrdered): Failover._on_hold_ordered,
         (Phase.SERVING, Change): Failover._on_change,
         (Phase.SERVING, Drained): Failover._nothing,

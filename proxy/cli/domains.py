@@ -10,6 +10,7 @@ from proxy.cli.client import Manager
 from proxy.cli.objects import DomainObject
 from proxy.cli.options import RUN_DEFAULT, DomainName, Force, Json, Run, Size, branch
 from proxy.cli.output import done, show
+from proxy.errors import RefusedError
 from proxy.sizes import format_size
 
 #: As the manager's: nobody holds clients for a month.
@@ -106,6 +107,73 @@ def release(name: DomainName, as_json: Json = False, run: Run = RUN_DEFAULT) -> 
     """Let a domain's clients go on that were held."""
     domain: DomainObject = Manager(run).post("domains", name, "release")
     done(domain, f"domain {name} is released, and {domain['state']}", as_json=as_json)
+
+
+NoWait = Annotated[bool, typer.Option("--no-wait", help="Return as soon as it has begun.")]
+GroupArgument = Annotated[str, typer.Argument(metavar="GROUP", help="The leg's group.")]
+
+
+@app.command()
+def migrate(
+    name: DomainName,
+    to: Annotated[str, typer.Option(metavar="GROUP", help="The group to move to; of any geometry.")],
+    replace: Annotated[
+        str | None, typer.Option(metavar="GROUP", help="The leg that leaves in the end; else the active one.")
+    ] = None,
+    no_wait: NoWait = False,
+    as_json: Json = False,
+    run: Run = RUN_DEFAULT,
+) -> None:
+    """Move a domain to another group while clients use it: add a leg, copy, switch, drop the old one.
+
+    It goes on across restarts. To give it up while it copies: domain remove-leg.
+    """
+    manager = Manager(run)
+    domain: DomainObject = manager.post("domains", name, "migrate", body={"to": to, "replace": replace})
+    if no_wait:
+        done(
+            domain,
+            f"domain {name} moves to {to}; see how far it is with: standfast domain show {name}",
+            as_json=as_json,
+        )
+        return
+    with waiting.watcher(silent=as_json) as watch:
+        domain = waiting.wait_moved(manager, name, watch)
+    if to not in [leg["group"] for leg in domain["legs"]]:
+        raise RefusedError(
+            f"domain {name} was not moved to {to}: that was given up; active is {domain['active']}"
+        )
+    done(domain, f"domain {name} has moved to {to}; active is {domain['active']}", as_json=as_json)
+
+
+@app.command("add-leg")
+def add_leg(name: DomainName, group: GroupArgument, as_json: Json = False, run: Run = RUN_DEFAULT) -> None:
+    """Add a backup to a domain, the last in preference; its first sync goes on in the background."""
+    domain = Manager(run).post("domains", name, "legs", body={"group": group})
+    done(domain, f"domain {name}: {group} is a backup now, and syncing", as_json=as_json)
+
+
+@app.command("remove-leg")
+def remove_leg(
+    name: DomainName,
+    group: GroupArgument,
+    no_wait: NoWait = False,
+    as_json: Json = False,
+    run: Run = RUN_DEFAULT,
+) -> None:
+    """Remove a backup from a domain and free its space; a migration to it is given up."""
+    manager = Manager(run)
+    domain: DomainObject = manager.delete("domains", name, "legs", group)
+    if not no_wait:
+        with waiting.watcher(silent=as_json) as watch:
+            domain = waiting.wait_moved(manager, name, watch)
+        if group in [leg["group"] for leg in domain["legs"]]:
+            raise RefusedError(f"group {group} is still a leg of domain {name}: it had to take over")
+    done(
+        domain,
+        f"domain {name}: {group} leaves" if no_wait else f"domain {name} has left {group}",
+        as_json=as_json,
+    )
 
 
 @app.command("set")

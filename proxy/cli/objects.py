@@ -79,6 +79,10 @@ FailoverObject = TypedDict(
         "generation": int,
     },
 )
+MigrationObject = TypedDict(
+    "MigrationObject",
+    {"at": str, "from": str, "to": str | None, "step": str, "sync": SyncObject | None, "trouble": str},
+)
 PlanObject = TypedDict(
     "PlanObject", {"domain": str, "from": str, "to": str, "before": LegObject, "after": LegObject}
 )
@@ -166,6 +170,7 @@ class DomainObject(TypedDict):
     replication: str
     failback: str
     hold: HoldObject | None
+    migration: MigrationObject | None
     address: str
     listen: str | None
     trouble: str

@@ -17,6 +17,7 @@ from proxy.cli.objects import (
     LastVerifyObject,
     LegObject,
     LegSummary,
+    MigrationObject,
     PlanObject,
     StatusObject,
     VerifyObject,
@@ -193,12 +194,25 @@ def _domain_facts(domain: DomainObject) -> list[tuple[str, Cell]]:
     ]
     if domain["listen"]:
         facts.insert(5, ("listen", domain["listen"]))
+    if (migration := domain["migration"]) is not None:
+        facts.insert(0, ("migration", migration_text(migration)))
     if (hold := domain["hold"]) is not None:
         until = f", until {hold['until']} at the latest" if hold["until"] else ""
         facts.insert(0, ("hold", f"by the operator since {hold['at']}{until}"))
     if domain["trouble"]:
         facts.insert(0, ("trouble", domain["trouble"]))
     return facts
+
+
+def migration_text(migration: MigrationObject) -> str:
+    """From where to where a domain moves, and how far it has come."""
+    target, sync = migration["to"], migration["sync"]
+    what = f"{migration['from']} leaves" if target is None else f"from {migration['from']} to {target}"
+    return (
+        f"{what}: {migration['step']}"
+        + (f", {percent(sync)}%" if sync is not None else "")
+        + (f" ({migration['trouble']})" if migration["trouble"] else "")
+    )
 
 
 def _failback(policy: str) -> str:

@@ -47,6 +47,15 @@ def wait_ready(manager: Manager, name: str, timeout_s: float | None, watch: Watc
         domain = manager.get("domains", name, version=domain.get("version"), wait_s=wait_s)
 
 
+def wait_moved(manager: Manager, name: str, watch: Watch) -> DomainObject:
+    """The domain, once no migration of it is under way. Raises StandfastError, of ``Manager.get``."""
+    domain: DomainObject = manager.get("domains", name)
+    while domain["migration"] is not None:
+        watch(domain)
+        domain = manager.get("domains", name, version=domain.get("version"), wait_s=POLL_S)
+    return domain
+
+
 @contextmanager
 def watcher(*, silent: bool) -> Iterator[Watch]:
     """What shows the progress: bars on a terminal, else a line for each change; or nothing."""

@@ -51,13 +51,26 @@ class NewDomain(_Body):
 
 
 class Nothing(_Body):
-    """An order with nothing to add. Read all the same: an answer that overtakes its request's body ends the connection."""
+    """An order with nothing to add. It is read all the same: an answer that comes before ends the connection."""
 
 
 class Hold(_Body):
     """For how long to hold; until the release when absent."""
 
     timeout_s: float | None = Field(default=None, gt=0, le=30 * 24 * 3600)
+
+
+class Move(_Body):
+    """The group to move to, and the leg that leaves for it; the active one when absent."""
+
+    to: str
+    replace: str | None = None
+
+
+class NewLeg(_Body):
+    """The group of a backup to add."""
+
+    group: str
 
 
 class Policies(_Body):
@@ -256,6 +269,18 @@ def _add_domains(app: FastAPI, service: Service) -> None:
     @app.post("/domains/{name}/release")
     async def release_domain(name: str, body: Nothing | None = None) -> dict[str, Any]:
         return await domain_view(service, await service.release_domain(name))
+
+    @app.post("/domains/{name}/migrate")
+    async def migrate(name: str, body: Move) -> dict[str, Any]:
+        return await domain_view(service, await service.migrate(name, body.to, body.replace))
+
+    @app.post("/domains/{name}/legs", status_code=201)
+    async def add_leg(name: str, body: NewLeg) -> dict[str, Any]:
+        return await domain_view(service, await service.add_leg(name, body.group))
+
+    @app.delete("/domains/{name}/legs/{group}")
+    async def remove_leg(name: str, group: str) -> dict[str, Any]:
+        return await domain_view(service, await service.remove_leg(name, group))
 
     @app.post("/domains/{name}/set")
     async def set_domain(name: str, body: Policies) -> dict[str, Any]:

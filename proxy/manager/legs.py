@@ -35,6 +35,7 @@ class Leg:
     ``stale``: what of it was older than the store said, a line each, so that all of it is to be copied.
     ``fresh_at``: when it was opened again after a loss, on trio's clock; None once it is in use.
     ``repaired_at``: when reads of it were repaired, on the same clock, as far back as counts.
+    ``left_at``: when it was fenced or given up.
     """
 
     group: Group
@@ -46,6 +47,7 @@ class Leg:
     stale: list[str] = field(default_factory=list)
     closing: bool = False
     repaired_at: deque[float] = field(default_factory=deque)
+    left_at: float = -math.inf
 
 
 class Numbers:
@@ -82,6 +84,8 @@ class Legs:
         self._tried_at: dict[str, float] = {}
         self._suspect: set[str] = set()
         self._numbers = numbers
+        self._closed_at: dict[str, float] = {}  # when a leg of a group was last let go of
+        self._began_at = trio.current_time()
 
     # --- Opening ----------------------------------------------------------------------------------
 
@@ -200,12 +204,14 @@ class Legs:
         """Close the gate to a leg for good, if it is open at all. It stays until its last answer is in."""
         leg = self.open.pop(group, None)
         if leg is not None:
+            leg.left_at = trio.current_time()
             self._leaving[leg.number] = leg
             await self._link.call("fence", leg=leg.number)
 
     async def discard(self, leg: Leg) -> None:
         """Let go of a leg without waiting for answers."""
         del self.open[leg.group.name]
+        leg.left_at = trio.current_time()
         self._leaving[leg.number] = leg
         await self._close(leg)
 
@@ -231,7 +237,25 @@ class Legs:
 
     def closed(self, number: int) -> None:
         """The domain server knows a leg no more."""
-        self._leaving.pop(number, None)
+        leg = self._leaving.pop(number, None)
+        if leg is not None:
+            self._closed_at[leg.group.name] = trio.current_time()
+
+    async def is_gone(self, group: Group) -> bool:
+        """Whether nothing of a leg that takes part no more is open, and no write to it can still land."""
+        name = group.name
+        if name in self._opening:
+            return False
+        if name in self.open:
+            await self.discard(self.open[name])
+        leaving = [leg for leg in self._leaving.values() if leg.group.name == name]
+        now = trio.current_time()
+        if leaving:
+            if now - max(leg.left_at for leg in leaving) >= self._settings.quarantine_s:
+                await self.abandon(group)
+            return False
+        since = self._closed_at.get(name, self._began_at)
+        return name not in self._suspect or now - since >= self._settings.quarantine_s
 
     # --- What the server says of them -------------------------------------------------------------
 

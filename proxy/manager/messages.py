@@ -101,8 +101,9 @@ def transition_events(domain: str, transition: Transition) -> list[NewEvent]:
                 domain,
             )
         )
-    for old, new in zip(before.legs, after.legs, strict=True):
-        if old.state is new.state:
+    states = {leg.group: leg.state for leg in before.legs}
+    for new in after.legs:
+        if states.get(new.group, LegState.OUTDATED) is new.state:
             continue
         if new.state is LegState.OUTDATED and new.group != before.active:
             events.append(

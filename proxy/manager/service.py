@@ -17,6 +17,7 @@ import trio
 
 from proxy.allocator import allot, allot_ranges, grow_ranges, round_up
 from proxy.errors import InvalidError, NotFoundError, RefusedError
+from proxy.extentmap import Run
 from proxy.failover import Change, LegRecord, Record
 from proxy.manager import groups, process
 from proxy.manager.labels import Labels
@@ -457,6 +458,93 @@ class Service:
         else:
             self.store.change(domain.domain.id, release_change(name, why), time.time())
         self.note_change()
+        return self.store.domain(name)
+
+    async def migrate(self, name: str, target: str, source: str | None) -> DomainRecord:
+        """Begin to move a domain to another group; the move goes on by itself, across restarts.
+
+        Args:
+            target: a group that is no leg yet.
+            source: the leg that leaves in the end; None: the one that is active now.
+
+        Raises:
+            RefusedError: a move is under way, there is no room, or ``target`` is a leg already.
+        """
+        async with self._site:
+            supervisor = self._supervisor(name)
+            runs = self._allot_leg(name, target)
+            record = self.store.domain(name).record
+            if source is not None and source not in {leg.group for leg in record.legs}:
+                raise NotFoundError(f"domain {name} has no leg on a group {source}")
+
+            async def begin(session: Session) -> None:
+                await session.add_leg(target, runs, replaces=source or session.machine.record.active)
+
+            await supervisor.do(begin)
+            self.note_change()
+        return self.store.domain(name)
+
+    async def add_leg(self, name: str, group: str) -> DomainRecord:
+        """Add a backup to a domain, the last in preference; returns when its first sync begins.
+
+        Raises:
+            RefusedError: it is a leg already, there is no room, or it cannot be reached: then it is outdated.
+        """
+        async with self._site:
+            supervisor = self._supervisor(name)
+            runs = self._allot_leg(name, group)
+
+            async def begin(session: Session) -> Order:
+                await session.add_leg(group, runs, replaces=None)
+                return session.resync(group)
+
+            order = await supervisor.do(begin)
+            self.note_change()
+        await order.outcome()
+        return self.store.domain(name)
+
+    def _allot_leg(self, name: str, target: str) -> Sequence[Run]:
+        domain = self.store.domain(name)
+        self._check_settled(domain)
+        group = self.store.group(target)
+        legs = [leg.group for leg in domain.record.legs]
+        if target in legs:
+            raise RefusedError(f"group {target} is a leg of domain {name} already")
+        if len(legs) >= LEGS_MAX:
+            raise RefusedError(f"domain {name} has {len(legs)} legs, the most there can be; remove one first")
+        return allot(group, self.store.taken(target), domain.domain.size)
+
+    def _check_settled(self, domain: DomainRecord) -> None:
+        migration = domain.migration
+        if migration is None:
+            return
+        name, target = domain.domain.name, migration.target
+        if target is None:
+            raise RefusedError(f"group {migration.source} is just leaving domain {name}; wait until it has")
+        raise RefusedError(
+            f"domain {name} is just moving from {migration.source} to {target}; wait until it has, or give that up: "
+            f"standfast domain remove-leg {name} {target}"
+        )
+
+    async def remove_leg(self, name: str, group: str) -> DomainRecord:
+        """Begin to remove a backup from a domain; that goes on by itself, across restarts.
+
+        Raises:
+            RefusedError: it is active, or the domain is being moved elsewhere than to it.
+        """
+        async with self._site:
+            supervisor = self._supervisor(name)
+            domain = self.store.domain(name)
+            if group not in {leg.group for leg in domain.record.legs}:
+                raise NotFoundError(f"domain {name} has no leg on a group {group}")
+            if domain.migration is None or group != domain.migration.target:
+                self._check_settled(domain)
+
+            async def begin(session: Session) -> None:
+                session.remove_leg(group)
+
+            await supervisor.do(begin)
+            self.note_change()
         return self.store.domain(name)
 
     def set_domain(self, name: str, *, failback: str | None) -> DomainRecord:

@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Set
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from proxy.failover import (
     Input,
     Install,
     Installed,
+    LegDismissed,
     LegLost,
     LegReturned,
     MakeDurable,
@@ -54,6 +55,7 @@ from proxy.manager.labels import Labels
 from proxy.manager.legs import Leg, Legs, Numbers, evidence_of, is_evidence, is_remote
 from proxy.manager.link import CommandError, Link, ServerGoneError
 from proxy.manager.settings import Settings
+from proxy.migration import Migration, Step, next_step
 from proxy.model import FailoverReceipt, Group, LegState, OperatorHold, Severity
 from proxy.sizes import KIB, MIB, format_size
 from proxy.store import Change as StoreChange
@@ -169,6 +171,9 @@ class Session:
         self._unlabelled = ""  # the group that has become active, until clients are served from it
         self._with_record = StoreChange()  # what goes into the transaction of the next record
         self._store_error = ""
+        self._migrating = False
+        self._migration_from = -math.inf  # no step of it before this, on trio's clock
+        self._migration_sync: Order | None = None  # the last attempt to reach where it goes
         self._failback_since: float | None = None  # since when the preferred leg could be returned to
         self._failback_from = -math.inf  # no automatic failback before this, on trio's clock
 
@@ -339,6 +344,7 @@ class Session:
             self.machine.phase in (Phase.HELD, Phase.PAUSED, Phase.UNRECORDED)
             or bool(self._resyncs)
             or bool(self._door_due)
+            or self._migrating
             or self._failback_since is not None
             or any(leg.copied for leg in self.legs.open.values())
             or any(
@@ -589,6 +595,8 @@ class Session:
         if self.machine.operator_hold:
             await self._advance_hold()
         if self.machine.phase is Phase.SERVING:
+            await self._advance_migration()
+        if self.machine.phase is Phase.SERVING:
             await self._advance_resyncs()
         if self.machine.phase is Phase.SERVING:
             await self._advance_copies()
@@ -739,6 +747,67 @@ class Session:
                 await self.change(Change({}, reason), StoreChange(resize_disk=replace(disk, ranges=ranges)))
                 return
 
+    async def _advance_migration(self) -> None:
+        """Take the next step of a move to another group; what cannot be done now is tried again."""
+        domain = self.store.domain(self.name)
+        migration = domain.migration
+        self._migrating = migration is not None
+        if migration is None or trio.current_time() < self._migration_from:
+            return
+        try:
+            await self._take_step(migration, next_step(self.machine.record, migration))
+        except (RefusedError, StoreError) as error:
+            self._migration_from = trio.current_time() + self._settings.reopen_interval_s
+            log.warning("domain %s: %s", self.name, error)
+
+    async def _take_step(self, migration: Migration, step: Step) -> None:
+        source, target = migration.source, migration.target
+        match step:
+            case Step.CONNECT:
+                assert target is not None
+                if target not in self._resyncs:
+                    self._migration_from = trio.current_time() + self._settings.reopen_interval_s
+                    self._migration_sync = self.resync(target)
+            case Step.SYNC:
+                self._migration_sync = None
+            case Step.SWITCH:
+                assert target is not None
+                await self.fail_over(target, f"the domain moves from {source} to {target}")
+            case Step.DISMISS:
+                # As for a failover: clients are not held for a store that takes nothing.
+                event = NewEvent(
+                    Severity.INFO, "leg-leaves", f"domain {self.name}: {source} leaves", self.name
+                )
+                self.store.add_events([event], time.time())
+                await self._feed(LegDismissed(source))
+            case Step.FREE:
+                if await self.legs.is_gone(self._groups()[source]):
+                    await self._free(source)
+            case Step.GIVE_UP:
+                message = f"domain {self.name}: {source} stays, because it had to take over"
+                event = NewEvent(Severity.WARNING, "leg-stays", message, self.name)
+                change = StoreChange(end_migration=True, events=[event])
+                self.store.change(self.store.domain(self.name).domain.id, change, time.time())
+
+    async def _free(self, source: str) -> None:
+        legs = tuple(leg.group for leg in self.machine.record.legs if leg.group != source)
+        event = NewEvent(
+            Severity.INFO,
+            "leg-removed",
+            f"domain {self.name} has left {source}, whose space is free",
+            self.name,
+        )
+        await self.change(
+            Change({}, f"{source} has left", legs), StoreChange(end_migration=True, events=[event])
+        )
+        self.legs.trust(source)
+        self._migrating = False
+
+    def migration_trouble(self) -> str:
+        """Why a move to another group does not go on; empty when it does."""
+        attempt = self._migration_sync
+        return str(attempt.error) if attempt is not None and attempt.error is not None else ""
+
     async def _advance_failback(self) -> None:
         """Return to the preferred leg, if that is the domain's policy and it is time.
 
@@ -749,6 +818,7 @@ class Session:
         preferred = self.machine.record.preferred
         if (
             after_s is None
+            or domain.migration is not None
             or preferred == self.machine.record.active
             or not self.machine.can_take_over(preferred)
             or (domain.last_failover is not None and domain.last_failover.planned)
@@ -878,6 +948,45 @@ class Session:
             f"standfast domain wait {self.name}"
         )
 
+    async def add_leg(self, group: str, runs: Sequence[Run], *, replaces: str | None) -> None:
+        """Have a leg join, outdated; to take another one's place if that is named, else as the last in preference.
+
+        Raises:
+            RefusedError: the domain is held.
+            StoreError: it could not be recorded; nothing has changed.
+        """
+        legs = [leg.group for leg in self.machine.record.legs]
+        legs.insert(len(legs) if replaces is None else legs.index(replaces) + 1, group)
+        message = f"domain {self.name}: {group} joins" + (f" in the place of {replaces}" if replaces else "")
+        migration = None if replaces is None else Migration(replaces, group, time.time())
+        event = NewEvent(Severity.INFO, "leg-added", message, self.name)
+        self._migration_from, self._migration_sync = -math.inf, None
+        if replaces in self._resyncs:
+            self._resyncs.pop(replaces).finish(RefusedError(f"{replaces} leaves domain {self.name}"))
+        await self.change(
+            Change({}, f"{group} joins", tuple(legs)),
+            StoreChange(runs={group: runs}, migration=migration, events=[event]),
+        )
+
+    def remove_leg(self, group: str) -> None:
+        """Have a backup leave; that goes on by itself, across restarts. A move to it is given up.
+
+        Raises:
+            RefusedError: it is active, or the domain is held.
+            StoreError: it could not be recorded; nothing has changed.
+        """
+        self.need_serving()
+        if group == self.machine.record.active:
+            raise RefusedError(
+                f"group {group} is active in domain {self.name}; make another leg active first: "
+                f"standfast failover {self.name}"
+            )
+        if group in self._resyncs:
+            self._resyncs.pop(group).finish(RefusedError(f"{group} leaves domain {self.name}"))
+        change = StoreChange(migration=Migration(group, None, time.time()))
+        self.store.change(self.store.domain(self.name).domain.id, change, time.time())
+        self._migration_from, self._migration_sync = -math.inf, None
+
     def resync(self, group: str) -> Order:
         """Bring an outdated leg back; the answer is done when its copy is about to begin.
 
@@ -890,6 +999,9 @@ class Session:
             raise RefusedError(
                 f"group {group} is {state} in domain {self.name}; only an outdated leg is synced"
             )
+        migration = self.store.domain(self.name).migration
+        if migration is not None and group == migration.source:
+            raise RefusedError(f"group {group} is about to leave domain {self.name}")
         if group in self._resyncs:
             raise RefusedError(f"group {group} is about to be synced already")
         self._resyncs[group] = Order(nothing)

@@ -103,6 +103,10 @@ class Supervisor:
             return self.failure or "the domain server is being started"
         return self._session.trouble()
 
+    def migration_trouble(self) -> str:
+        """Why a move to another group does not go on; empty when it does."""
+        return "" if self._session is None else self._session.migration_trouble()
+
     def lost(self) -> Mapping[str, str]:
         """What speaks against legs that are attached, by group."""
         return {} if self._session is None else {g: str(e) for g, e in self._session.machine.lost.items()}

@@ -10,6 +10,7 @@ from proxy.allocator import free_size
 from proxy.failover import LegRecord
 from proxy.manager.maps import copy_ranges, domain_map
 from proxy.manager.service import Service
+from proxy.migration import next_step
 from proxy.model import (
     DomainState,
     Event,
@@ -83,6 +84,7 @@ async def domain_view(service: Service, domain: DomainRecord) -> dict[str, Any]:
     supervisor = service.supervisors.get(name)
     status = await supervisor.status() if supervisor is not None else None
     groups = {group.name: group for group in service.store.groups()}
+    legs = [_leg_view(service, domain, leg, groups[leg.group], status) for leg in domain.record.legs]
     return {
         **domain_summary(service, domain),
         "uuid": str(domain.domain.uuid),
@@ -92,7 +94,10 @@ async def domain_view(service: Service, domain: DomainRecord) -> dict[str, Any]:
         "address": str(service.run_directory / name / "nbd.sock"),
         "listen": domain.domain.listen or None,
         "trouble": supervisor.trouble() if supervisor is not None else "",
-        "legs": [_leg_view(service, domain, leg, groups[leg.group], status) for leg in domain.record.legs],
+        "legs": legs,
+        "migration": _migration_view(
+            domain, legs, supervisor.migration_trouble() if supervisor is not None else ""
+        ),
         "clients": len(status["clients"]) if status else 0,
         "disks": [
             disk_view(service.run_directory, domain, disk, status) for disk in domain.disks if disk.ready
@@ -170,6 +175,20 @@ def _sync_view(copy: dict[str, Any] | None, dirty_bytes: int) -> dict[str, Any]:
         "total": copy["total"],
         "rate": int(rate),
         "seconds_left": round((copy["total"] - copy["copied"]) / rate, 1) if rate else None,
+    }
+
+
+def _migration_view(domain: DomainRecord, legs: list[dict[str, Any]], trouble: str) -> dict[str, Any] | None:
+    migration = domain.migration
+    if migration is None:
+        return None
+    return {
+        "at": instant(migration.at),
+        "from": migration.source,
+        "to": migration.target,
+        "step": next_step(domain.record, migration),
+        "sync": next((leg["sync"] for leg in legs if leg["group"] == migration.target), None),
+        "trouble": trouble,
     }
 
 

@@ -15,6 +15,7 @@ from uuid import UUID
 
 from proxy.extentmap import Range, Run
 from proxy.failover import Record
+from proxy.migration import Migration
 from proxy.model import (
     FAILBACK_MANUAL,
     Desired,
@@ -76,6 +77,7 @@ class DomainRecord:
     last_failover: FailoverReceipt | None
     last_verify: VerifyReceipt | None
     hold: OperatorHold | None = None
+    migration: Migration | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +92,16 @@ class NewEvent:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A domain's next state, recorded in one transaction; what is None stays as it is."""
+    """A domain's next state, recorded in one transaction; what is None stays as it is.
+
+    ``runs``: the space of legs that are in ``record`` and were not before. A leg that is not in it any
+    more has lost its space.
+    """
 
     record: Record | None = None
+    runs: Mapping[str, Sequence[Run]] = field(default_factory=dict)
+    migration: Migration | None = None
+    end_migration: bool = False
     session_open: bool | None = None
     session: int | None = None
     desired: Desired | None = None

@@ -14,6 +14,7 @@ from uuid import UUID
 from proxy.errors import NotFoundError, RefusedError, StoreError
 from proxy.extentmap import Range, Run
 from proxy.failover import LegRecord, Record
+from proxy.migration import Migration
 from proxy.model import (
     FAILBACK_MANUAL,
     Desired,
@@ -165,6 +166,12 @@ _MIGRATIONS = (
         domain_id INTEGER PRIMARY KEY REFERENCES domains (id) ON DELETE CASCADE,
         at REAL NOT NULL,
         until REAL
+    ) STRICT;
+    CREATE TABLE migrations (
+        domain_id INTEGER PRIMARY KEY REFERENCES domains (id) ON DELETE CASCADE,
+        source_group_id INTEGER NOT NULL REFERENCES groups (id),
+        target_group_id INTEGER REFERENCES groups (id),
+        at REAL NOT NULL
     ) STRICT;
     """,
 )
@@ -361,6 +368,7 @@ class SqliteStore:
             disks: dict[int, list[DiskRecord]] = {}
             failovers: dict[int, FailoverReceipt] = {}
             holds: dict[int, OperatorHold] = {}
+            migrations: dict[int, Migration] = {}
             only = f"WHERE l.domain_id = {rows[0][0]}" if where and rows else ""
             for domain_id, group, state, blocked in self._db.execute(
                 "SELECT l.domain_id, g.name, l.state, l.blocked FROM legs l JOIN groups g ON g.id = l.group_id"
@@ -401,6 +409,12 @@ class SqliteStore:
                 f"SELECT l.domain_id, l.at, l.until FROM holds l {only}"
             ):
                 holds[domain_id] = OperatorHold(at, until)
+            for domain_id, source, target, at in self._db.execute(
+                "SELECT l.domain_id, s.name, t.name, l.at FROM migrations l"
+                " JOIN groups s ON s.id = l.source_group_id LEFT JOIN groups t ON t.id = l.target_group_id"
+                f" {only}"
+            ):
+                migrations[domain_id] = Migration(source, target, at)
             return [
                 DomainRecord(
                     Domain(
@@ -421,6 +435,7 @@ class SqliteStore:
                     failovers.get(domain_id),
                     verifies.get(domain_id),
                     holds.get(domain_id),
+                    migrations.get(domain_id),
                 )
                 for (
                     domain_id,
@@ -451,7 +466,6 @@ class SqliteStore:
         *,
         failback: Failback = FAILBACK_MANUAL,
     ) -> DomainRecord:
-        ids = {group.name: group.id for group in self.groups()}
         with self._transaction() as db:
             if db.execute("SELECT 1 FROM domains WHERE name = ?", (name,)).fetchone():
                 raise RefusedError(f"there is a domain {name} already")
@@ -462,22 +476,11 @@ class SqliteStore:
             ).lastrowid
             db.execute(
                 "INSERT INTO attachments (domain_id, generation, active_group_id, desired, session_open)"
-                " VALUES (?, ?, ?, ?, 0)",
-                (domain_id, record.generation, ids[record.active], Desired.ONLINE),
+                " VALUES (?, ?, (SELECT id FROM groups WHERE name = ?), ?, 0)",
+                (domain_id, record.generation, record.active, Desired.ONLINE),
             )
             for preference, leg in enumerate(record.legs):
-                db.execute(
-                    "INSERT INTO legs (domain_id, group_id, preference, state, blocked) VALUES (?, ?, ?, ?, ?)",
-                    (domain_id, ids[leg.group], preference, leg.state, leg.blocked),
-                )
-                db.executemany(
-                    "INSERT INTO runs (domain_id, group_id, sequence, position, device_offset, length)"
-                    " VALUES (?, ?, ?, ?, ?, ?)",
-                    [
-                        (domain_id, ids[leg.group], sequence, *run)
-                        for sequence, run in enumerate(runs[leg.group])
-                    ],
-                )
+                self._insert_leg(DomainId(domain_id or 0), leg, preference, runs[leg.group])
             self._insert_events(
                 [NewEvent(Severity.INFO, "domain-created", f"domain {name} was made", name)], at
             )
@@ -496,7 +499,15 @@ class SqliteStore:
     def change(self, domain: DomainId, change: Change, at: float) -> None:
         with self._transaction() as db:
             if change.record is not None:
-                self._write_record(domain, change.record)
+                self._write_record(domain, change.record, change.runs)
+            if change.end_migration or change.migration is not None:
+                db.execute("DELETE FROM migrations WHERE domain_id = ?", (domain,))
+            if change.migration is not None:
+                db.execute(
+                    "INSERT INTO migrations (domain_id, source_group_id, target_group_id, at)"
+                    " VALUES (?, (SELECT id FROM groups WHERE name = ?), (SELECT id FROM groups WHERE name = ?), ?)",
+                    (domain, change.migration.source, change.migration.target, change.migration.at),
+                )
             if change.session is not None:
                 db.execute("UPDATE attachments SET session = ? WHERE domain_id = ?", (change.session, domain))
             if change.session_open is not None:
@@ -563,7 +574,19 @@ class SqliteStore:
                 )
             self._insert_events(change.events, at)
 
-    def _write_record(self, domain: DomainId, record: Record) -> None:
+    def _insert_leg(self, domain: DomainId, leg: LegRecord, preference: int, runs: Sequence[Run]) -> None:
+        (group_id,) = self._db.execute("SELECT id FROM groups WHERE name = ?", (leg.group,)).fetchone()
+        self._db.execute(
+            "INSERT INTO legs (domain_id, group_id, preference, state, blocked) VALUES (?, ?, ?, ?, ?)",
+            (domain, group_id, preference, leg.state, leg.blocked),
+        )
+        self._db.executemany(
+            "INSERT INTO runs (domain_id, group_id, sequence, position, device_offset, length)"
+            " VALUES (?, ?, ?, ?, ?, ?)",
+            [(domain, group_id, sequence, *run) for sequence, run in enumerate(runs)],
+        )
+
+    def _write_record(self, domain: DomainId, record: Record, runs: Mapping[str, Sequence[Run]]) -> None:
         (generation,) = self._db.execute(
             "SELECT generation FROM attachments WHERE domain_id = ?", (domain,)
         ).fetchone()
@@ -573,11 +596,22 @@ class SqliteStore:
             " WHERE domain_id = ?",
             (record.generation, record.active, domain),
         )
-        self._db.executemany(
-            "UPDATE legs SET state = ?, blocked = ?"
-            " WHERE domain_id = ? AND group_id = (SELECT id FROM groups WHERE name = ?)",
-            [(leg.state, leg.blocked, domain, leg.group) for leg in record.legs],
+        known = dict(
+            self._db.execute(
+                "SELECT name, id FROM legs JOIN groups ON id = group_id WHERE domain_id = ?", (domain,)
+            ).fetchall()
         )
+        for preference, leg in enumerate(record.legs):
+            group_id = known.pop(leg.group, None)
+            if group_id is None:
+                self._insert_leg(domain, leg, preference, runs[leg.group])
+            else:
+                self._db.execute(
+                    "UPDATE legs SET state = ?, blocked = ?, preference = ? WHERE domain_id = ? AND group_id = ?",
+                    (leg.state, leg.blocked, preference, domain, group_id),
+                )
+        for group_id in known.values():
+            self._db.execute("DELETE FROM legs WHERE domain_id = ? AND group_id = ?", (domain, group_id))
 
     def _write_verify(self, domain: DomainId, receipt: VerifyReceipt) -> None:
         mismatches = [(one.group, one.disk, one.offset, one.length) for one in receipt.mismatches]

@@ -24,8 +24,9 @@ What is simulated
       ``proxy.manager.session``. It hears of events a little late and is killed between any two steps, also
       between a commit and the word of it. A new one adopts the domain server.
     * *The store*: one record, changed after a while, or refused because the disk is full.
-    * *An operator* who orders failovers, resyncs, verifies and holds whenever he likes. The content of a leg that is outdated
-      is overwritten with rubbish before it is synced, so that nothing of it can be relied on by chance.
+    * *An operator* who orders failovers, resyncs, holds, verifies and moves to other groups whenever he likes. The
+      content of a leg that is outdated is overwritten with rubbish before it is synced, so that nothing of it can be relied
+      on by chance.
 
 What is checked
     From what clients were told alone (``history.py``, which knows nothing of engines or legs):
@@ -41,6 +42,7 @@ What is checked
     From what is sent where and when:
     * no byte goes to a leg once it is fenced, or to one that takes no part by the store; reads go to the active
       leg, and to an up-to-date backup only once another leg has answered with an error or legs are compared;
+    * the space of a leg that leaves is given back only when nothing can land there any more;
     * between the decision of a failover and its durable record nothing is acknowledged;
     * a leg is said to be drained, with nothing unproven, only when nothing can land on it any more;
     * a verify, at any moment, finds no difference and writes nothing;

@@ -24,6 +24,7 @@ from proxy.failover import (
     Input,
     Install,
     Installed,
+    LegDismissed,
     LegLost,
     LegReturned,
     MakeDurable,
@@ -40,6 +41,7 @@ from proxy.failover import (
     Stuck,
     Transition,
 )
+from proxy.migration import Migration, Step, next_step
 from proxy.model import LegState
 from tests.sim.agenda import MILLISECOND_NS, Agenda
 from tests.sim.history import Violation
@@ -61,6 +63,7 @@ class Store:
         is_full: it refuses every change.
         session_open: a domain server was started and has not ended cleanly.
         hold: the operator has clients held.
+        migration: under way.
     """
 
     def __init__(self, record: Record, agenda: Agenda, *, changed: Callable[[Transition], None]) -> None:
@@ -68,41 +71,43 @@ class Store:
         self.is_full = False
         self.session_open = False
         self.hold = False
+        self.migration: Migration | None = None
         self._agenda = agenda
         self._changed = changed
-        self._pending: Transition | None = None
+        self._pending: tuple[Transition, Callable[[], None]] | None = None
 
     @property
     def is_writing(self) -> bool:
         """Whether a change is under way."""
         return self._pending is not None
 
-    def write(self, transition: Transition, done: Callable[[bool], None]) -> None:
-        """Make a transition durable after a while; ``done`` is told whether it is."""
-        self._pending = transition
+    def write(self, transition: Transition, done: Callable[[bool], None], also: Callable[[], None]) -> None:
+        """Make a transition durable after a while, and what ``also`` sets; ``done`` is told whether it is."""
+        pending = self._pending = (transition, also)
 
         def commit() -> None:
-            if self._pending is transition:
+            if self._pending is pending:
                 self._pending = None
                 if not self.is_full:
-                    self._commit(transition)
+                    self._commit(*pending)
                 done(not self.is_full)
 
         self._agenda.soon(commit, 3 * MILLISECOND_NS)
 
     def writer_died(self) -> None:
         """Whoever wrote is gone: what it was writing is durable, or never will be."""
-        transition, self._pending = self._pending, None
-        if transition is not None and not self.is_full and self._agenda.chance(0.5):
+        pending, self._pending = self._pending, None
+        if pending is not None and not self.is_full and self._agenda.chance(0.5):
             self._agenda.count("died after the commit")
-            self._commit(transition)
+            self._commit(*pending)
 
-    def _commit(self, transition: Transition) -> None:
+    def _commit(self, transition: Transition, also: Callable[[], None]) -> None:
         assert transition.before == self.record, "a record was written over one it does not follow"
         assert transition.after.generation > self.record.generation
         self._agenda.say(f"durable: {transition.after}")
         self.record = transition.after
         self.session_open = True
+        also()
         self._changed(transition)
 
 
@@ -166,6 +171,7 @@ class Manager:
         self._inputs: deque[Input] = deque()
         self._effects: deque[Effect] = deque()
         self._busy = False
+        self._with_record: Callable[[], None] = _nothing
         self._hold_number = -1
         self._read_repairs_max = agenda.random.choice((0, 2, 16))
         self._patient = agenda.chance(0.5)  # takes no word while it has something to carry out
@@ -292,8 +298,11 @@ class Manager:
             case Fence(group):
                 self._fence(group)
             case MakeDurable(transition):
+                also, self._with_record = self._with_record, _nothing
                 self.store.write(
-                    transition, lambda durable: self._done(Recorded() if durable else RecordFailed("full"))
+                    transition,
+                    lambda durable: self._done(Recorded() if durable else RecordFailed("full")),
+                    also,
                 )
             case Install(record):
                 legs = [self.open[group].number for group in record.attached()]
@@ -405,7 +414,9 @@ class Manager:
             if self._flush_token is None and self._flushed_generation != self.machine.record.generation:
                 self._flush_token = self.server.engine.submit(RequestKind.FLUSH)
         elif self.machine.phase is Phase.SERVING:
-            self._advance_resyncs()
+            self._advance_migration()
+            if self.machine.phase is Phase.SERVING:
+                self._advance_resyncs()
             if self.machine.phase is Phase.SERVING:
                 self._advance_copies()
 
@@ -435,8 +446,50 @@ class Manager:
                 self._give(LegReturned(name))
                 return
 
+    def _advance_migration(self) -> None:
+        migration = self.store.migration
+        if migration is None:
+            return
+        source, target = migration.source, migration.target
+        step = next_step(self.machine.record, migration)
+        try:
+            match step:
+                case Step.CONNECT:
+                    assert target is not None
+                    self.resyncs.add(target)
+                case Step.SWITCH:
+                    assert target is not None
+                    self._give(Ordered(target))
+                case Step.DISMISS:
+                    self._give(LegDismissed(source))
+                case Step.FREE:
+                    self.resyncs.discard(source)
+                    if self._is_gone(source):
+                        legs = tuple(leg.group for leg in self.machine.record.legs if leg.group != source)
+                        self._change_legs(legs, f"{source} has left", None)
+                case Step.GIVE_UP if not self.store.is_full:
+                    self.store.migration = None
+        except RefusedError:
+            self.agenda.count("steps refused")
+            return
+        self.agenda.count(f"migration: {step}")
+
+    def _is_gone(self, name: str) -> bool:
+        if name in self.open:
+            self._discard(self.open[name])
+        if any(leg.group.name == name for leg in self._leaving.values()):
+            return False
+        return name not in self._suspect or self.groups[name].is_quiet
+
+    def _change_legs(self, legs: tuple[str, ...], reason: str, migration: Migration | None) -> None:
+        def also() -> None:
+            self.store.migration = migration
+
+        self._with_record = also
+        self._give(Change({}, reason, legs))
+
     def _advance_resyncs(self) -> None:
-        for name in sorted(self.resyncs):
+        for name in sorted(self.resyncs & {leg.group for leg in self.machine.record.legs}):
             leg = self.open.get(name)
             if leg is None:
                 self._begin_open(name, spoil=True)
@@ -491,6 +544,27 @@ class Manager:
             else:
                 self.agenda.count("orders")
 
+    def order_move(self, source: str, target: str | None) -> None:
+        """Have a leg leave, for another group or for none."""
+        record = self.machine.record
+        legs = [leg.group for leg in record.legs]
+        if not self.is_idle or self.machine.phase is not Phase.SERVING or source not in legs:
+            return
+        if self.store.migration is not None or target in legs:
+            # Given up, sometimes, which is the only order that is taken now.
+            target = self.store.migration.target if self.store.migration is not None else None
+            if target is not None and target != record.active and not self.store.is_full:
+                self.store.migration = Migration(target, None, 0.0)
+            return
+        self.agenda.count("orders to move")
+        if target is not None:
+            self.resyncs.discard(source)
+            legs.insert(legs.index(source) + 1, target)
+            self._change_legs(tuple(legs), f"{target} joins", Migration(source, target, 0.0))
+        elif source != record.active and not self.store.is_full:
+            self.resyncs.discard(source)
+            self.store.migration = Migration(source, None, 0.0)
+
     def order_hold(self) -> None:
         """Have clients held at one point of the order of writes."""
         if self.is_idle and self.machine.phase is Phase.SERVING and not self.store.is_full:
@@ -514,5 +588,14 @@ class Manager:
 
     def order_resync(self, name: str) -> None:
         """Have an outdated leg brought back."""
-        if self.machine.record.leg(name).state is LegState.OUTDATED and self.machine.phase is Phase.SERVING:
+        leaves = self.store.migration is not None and self.store.migration.source == name
+        if (
+            self.machine.record.leg(name).state is LegState.OUTDATED
+            and self.machine.phase is Phase.SERVING
+            and not leaves
+        ):
             self.resyncs.add(name)
+
+
+def _nothing() -> None:
+    """What goes into the store with most records."""

@@ -31,6 +31,7 @@ KINDS = (
     "store full",
     "failover",
     "hold",
+    "move",
 )
 #: With every fault off, this is more than enough to come to rest.
 REST_NS = 300 * SECOND_NS
@@ -72,7 +73,7 @@ class Chaos:
         elif theme == "medium":
             weights |= {"lose active": 2, "sick active": 6, "resync": 8}
         elif theme == "orders":
-            weights |= {"failover": 8, "hold": 4, "break": random.choice((0, 1)), "resync": 8}
+            weights |= {"failover": 8, "hold": 4, "move": 8, "break": random.choice((0, 1)), "resync": 8}
             weights |= {"manager crash": 1, "server crash": random.choice((0, 1))}
         elif theme == "store":
             weights |= {"store full": 3, "failover": 3, "break": 2, "lose active": 1, "resync": 6}
@@ -105,11 +106,11 @@ class World:
         size = random.choice(DOMAIN_SIZES)
         self.groups = {
             name: self._make_group(name, size, faults)
-            for name in ("alpha", "beta", "gamma")[: random.choice((1, 2, 2, 2, 3, 3))]
+            for name in ("alpha", "beta", "gamma")[: random.choice((1, 2, 2, 3, 3, 3, 3))]
         }
         self.disks = self._make_disks(size)
         self.history = History({disk.number: disk.size // SECTOR * CELLS_PER_SECTOR for disk in self.disks})
-        names = list(self.groups)
+        names = list(self.groups)[: random.choice((1, 2, 2, 3, 3, 3))]
         legs = tuple(LegRecord(name, LegState.UPTODATE) for name in names)
         self.store = Store(Record(1, names[0], legs), agenda, changed=self._record_changed)
         self.server: Server | None = None
@@ -351,6 +352,15 @@ class World:
                 if self.manager is not None:
                     self.manager.order_hold()
                     self.agenda.after(duration_ns, self._release)
+            case "move":
+                if self.manager is not None:
+                    legs = [leg.group for leg in self.store.record.legs]
+                    outside = [group for group in self.groups if group not in legs]
+                    target = random.choice(outside) if outside and self.agenda.chance(0.8) else None
+                    # A leg just lost is the one whose writes may still land when its space is given back.
+                    lost = [leg.group for leg in self.store.record.legs if leg.state is LegState.OUTDATED]
+                    source = random.choice([name, self.store.record.active, *lost])
+                    self.manager.order_move(source, target)
             case "resync":
                 self._order_resyncs()
         self.agenda.after(int(random.expovariate(1 / self.chaos.pause_ns)), self._befall)
@@ -360,8 +370,8 @@ class World:
 
     def _order_resyncs(self) -> None:
         if self.manager is not None and self.manager.alive:
-            for name in self.groups:
-                self.manager.order_resync(name)
+            for leg in self.store.record.legs:
+                self.manager.order_resync(leg.group)
 
     def _calm_down(self) -> None:
         """No more trouble: everything that can come back does."""
@@ -389,6 +399,7 @@ class World:
             return False
         return (
             manager.machine.phase is Phase.SERVING
+            and self.store.migration is None
             and all(leg.state is LegState.UPTODATE for leg in self.store.record.legs)
             and not any(stream.waiting for stream in server.streams)
             and all(client.stream is not None for client in self.clients)
@@ -423,6 +434,10 @@ class World:
             after = transition.after
             uptodate = [leg.group for leg in after.legs if leg.state is LegState.UPTODATE]
             self._check_equal(uptodate, f"at the switch from {transition.before.active} to {after.active} ")
+        kept = {leg.group for leg in transition.after.legs}
+        for leg in transition.before.legs:
+            if leg.group not in kept and not self.groups[leg.group].is_quiet:
+                raise Violation(f"the space of {leg.group} is given back, and a write can still land there")
         for leg in transition.after.legs:
             if leg.state is LegState.UPTODATE and (
                 transition.is_planned or transition.before.leg(leg.group).state is not leg.state
@@ -537,7 +552,7 @@ class World:
 
     def _check_at_rest(self) -> None:
         assert self.server is not None
-        self._check_equal(list(self.groups), "")
+        self._check_equal([leg.group for leg in self.store.record.legs], "")
         self._read_everything()
         memory_bytes = self.server.engine.statistics().memory_bytes
         if memory_bytes:

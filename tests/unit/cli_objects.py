@@ -58,6 +58,7 @@ def domain(*legs: LegObject, **changes: Any) -> DomainObject:
         "replication": "sync",
         "failback": "manual",
         "hold": None,
+        "migration": None,
         "address": "/run/standfast/vol1/nbd.sock",
         "listen": None,
         "trouble": "",

@@ -233,6 +233,12 @@ def test_command_loads_nothing_that_only_the_manager_needs() -> None:
         ("failback v", ("POST", "/domains/v/failback", None)),
         ("domain hold v", ("POST", "/domains/v/hold", {"timeout_s": None})),
         ("domain hold v --timeout 5", ("POST", "/domains/v/hold", {"timeout_s": 5.0})),
+        (
+            "domain migrate v --to g --no-wait",
+            ("POST", "/domains/v/migrate", {"to": "g", "replace": None}),
+        ),
+        ("domain add-leg v g", ("POST", "/domains/v/legs", {"group": "g"})),
+        ("domain remove-leg v g --no-wait", ("DELETE", "/domains/v/legs/g", None)),
         ("domain release v", ("POST", "/domains/v/release", None)),
         ("domain set v --failback 30", ("POST", "/domains/v/set", {"failback": "30"})),
         ("resync v --group b", ("POST", "/domains/v/resync", {"group": "b", "rate": None})),

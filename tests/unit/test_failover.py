@@ -22,6 +22,7 @@ from proxy.failover import (
     Input,
     Install,
     Installed,
+    LegDismissed,
     LegLost,
     LegRecord,
     LegReturned,
@@ -433,6 +434,56 @@ def test_adoption_heeds_what_speaks_against_a_leg() -> None:
     ]
 
 
+# --- Legs that join and leave ---------------------------------------------------------------------
+
+
+def test_new_leg_joins_outdated_in_its_place_and_the_rest_stays() -> None:
+    machine = serving()
+    effects = machine.receive(Change({}, "c joins", ("a", "c", "b")))
+    assert durable(effects) == record("a", 7, a=UPTODATE, c=OUTDATED, b=UPTODATE)
+    assert after(machine, Recorded(), Installed()) == []
+    assert machine.record.preferred == "a"
+
+
+def test_leg_that_is_outdated_can_be_left_out_and_no_other() -> None:
+    machine = serving(record(a=UPTODATE, b=OUTDATED, c=SYNCING, d=UPTODATE))
+    assert durable(machine.receive(Change({}, "all leave", ("d",)))) == record(
+        "a", 7, d=UPTODATE, a=UPTODATE, c=SYNCING
+    )
+
+
+def test_dismissed_leg_is_fenced_when_nothing_runs_on_it_and_recorded_as_outdated() -> None:
+    machine = serving()
+    assert machine.receive(LegDismissed("b")) == [Hold()]
+    effects = machine.receive(Drained())
+    assert effects[0] == Fence("b")
+    assert durable(effects) == record("a", 7, a=UPTODATE, b=OUTDATED)
+    assert after(machine, Recorded(), Installed()) == [Release()]
+    assert machine.receive(LegDismissed("b")) == []
+
+
+def test_dismissed_leg_takes_over_when_the_active_one_is_lost_before_it_is_gone() -> None:
+    machine = serving()
+    machine.receive(LegDismissed("b"))
+    assert machine.receive(LegLost("a", GONE)) == [Fence("a")]
+    assert durable(machine.receive(Drained())) == record("b", 7, a=OUTDATED, b=UPTODATE)
+    assert after(machine, Recorded(), Installed()) == [Release()]
+    assert machine.dismissed is None
+
+
+def test_dismissed_leg_that_was_fenced_is_not_served_from_though_the_store_refused() -> None:
+    machine = serving()
+    after(machine, LegDismissed("b"), Drained(), RecordFailed("no space"), LegLost("a", GONE))
+    assert [type(effect) for effect in machine.receive(RetryRecord())] == [Stuck]
+
+
+def test_active_leg_cannot_be_dismissed() -> None:
+    machine = serving()
+    with pytest.raises(RefusedError, match="a is active"):
+        machine.receive(LegDismissed("a"))
+    assert (machine.phase, machine.dismissed) == (Phase.SERVING, None)
+
+
 # --- The operator's hold --------------------------------------------------------------------------
 
 
@@ -502,6 +553,7 @@ EVENTS: dict[type[Input], Input] = {
     LegLost: LegLost("a", GONE),
     LegReturned: LegReturned("a"),
     Ordered: Ordered("b"),
+    LegDismissed: LegDismissed("b"),
     HoldOrdered: HoldOrdered(),
     ReleaseOrdered: ReleaseOrdered(),
     Change: Change({}, "disks"),
@@ -593,8 +645,12 @@ class World:
                             assert group not in self.open, "recorded as dropped before it was fenced"
                     if effect.transition.is_planned:
                         assert self.store.active in self.open, "a leg that is fenced stays up to date"
+                    kept = {leg.group for leg in after_record.legs}
+                    assert kept >= set(self.store.attached()), "a leg that takes part is forgotten"
                     for leg in after_record.legs:
-                        if leg.group != after_record.active and leg.state is UPTODATE:
+                        if leg.group not in states(self.store):
+                            assert (leg.state, leg.blocked) == (OUTDATED, True)
+                        elif leg.group != after_record.active and leg.state is UPTODATE:
                             assert self.store.leg(leg.group).state in (UPTODATE, SYNCING)
                     self.pending = effect
                 case Install(record=wanted):
@@ -662,9 +718,15 @@ def test_machine_never_breaks_its_promises(data: st.DataObject) -> None:
                 continue
         elif kind is Change:
             wanted = data.draw(leg_states)
-            if wanted is SYNCING and machine.record.leg(group).state is OUTDATED:
+            legs = data.draw(st.none() | st.lists(st.sampled_from(GROUPS), unique=True).map(tuple))
+            if wanted is SYNCING and states(machine.record).get(group) is OUTDATED:
                 world.open.add(group)
-            world.give(Change({group: wanted}, "sync"))
+            world.give(Change({group: wanted}, "sync", legs))
+        elif kind is LegDismissed:
+            try:
+                world.give(LegDismissed(group))
+            except RefusedError:
+                continue
         elif kind in (Recorded, RecordFailed):
             world.answer(kind is Recorded)
         else:

@@ -10,6 +10,7 @@ import pytest
 from proxy.errors import NotFoundError, RefusedError, StoreError
 from proxy.extentmap import Range, Run
 from proxy.failover import LegRecord, Record
+from proxy.migration import Migration
 from proxy.model import (
     Desired,
     FailoverReceipt,
@@ -144,6 +145,30 @@ def test_failback_policy_is_kept_and_can_be_changed(store: SqliteStore) -> None:
     for text in ("30", "immediate", "2.5", "manual"):
         store.change(domain.id, Change(failback=parse_failback(text)), 3.0)
         assert str(store.domain("vol1").domain.failback) == text
+
+
+def test_leg_that_joins_brings_its_space_and_one_that_leaves_frees_it(store: SqliteStore) -> None:
+    domain = filled(store).domain.id
+    store.add_group("gamma", uuid4(), Layout(LayoutKind.LINEAR), devices(1), 1.0)
+    runs = (Run(0, 65536, 2 << 20),)
+    outdated = LegRecord("gamma", LegState.OUTDATED, blocked=True)
+    alpha, beta = RECORD.legs
+    migration = Migration("alpha", "gamma", 3.0)
+    joined = Change(
+        record=Record(2, "alpha", (alpha, outdated, beta)), runs={"gamma": runs}, migration=migration
+    )
+    store.change(domain, joined, 3.0)
+    found = store.domain("vol1")
+    assert (found.record, found.migration) == (joined.record, migration)
+    assert found.runs == {**RUNS, "gamma": runs}
+    with pytest.raises(RefusedError, match="used by domain vol1"):
+        store.remove_group("gamma", 3.0)
+    gamma = LegRecord("gamma", LegState.UPTODATE)
+    store.change(domain, Change(record=Record(3, "gamma", (gamma, beta)), end_migration=True), 4.0)
+    found = store.domain("vol1")
+    assert (found.record, found.migration) == (Record(3, "gamma", (gamma, beta)), None)
+    assert store.taken("alpha") == []
+    store.remove_group("alpha", 4.0)
 
 
 def test_store_of_the_first_version_is_brought_up_to_date(tmp_path: Path) -> None:
