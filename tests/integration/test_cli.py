@@ -257,6 +257,17 @@ def test_commands_in_order_take_a_domain_through_its_life(own: Place) -> None:
     assert own.ok("domain", "set", "vol1", "--failback", "90") == "domain vol1: failback is 90 now\n"
     assert "90 s after the preferred leg is uptodate" in own.ok("domain", "show", "vol1")
 
+    own.ok("group", "create", "gamma", "--device", own.url("gamma", "20M"))
+    assert own.ok("domain", "hold", "vol1").startswith("domain vol1 is held")
+    assert "held by the operator" in own.ok("domain", "show", "vol1")
+    assert own.ok("domain", "release", "vol1") == "domain vol1 is released, and online\n"
+    assert own.ok("domain", "migrate", "vol1", "--to", "gamma").endswith(
+        "domain vol1 has moved to gamma; active is gamma\n"
+    )
+    assert own.ok("domain", "add-leg", "vol1", "beta") == "domain vol1: beta is a backup now, and syncing\n"
+    assert own.ok("domain", "remove-leg", "vol1", "beta").endswith("domain vol1 has left beta\n")
+    assert [leg["group"] for leg in own.json("domain", "show", "vol1")["legs"]] == ["alpha", "gamma"]
+
     assert own.ok("domain", "maintenance", "vol1") == "domain vol1 is in maintenance\n"
     assert own.json("domain", "list")[0]["state"] == "maintenance"
     assert own.ok("domain", "activate", "vol1").startswith("domain vol1 is ")
@@ -270,7 +281,8 @@ def test_commands_in_order_take_a_domain_through_its_life(own: Place) -> None:
     assert own.ok("disk", "remove", "vol1/disk1") == "disk vol1/disk1 removed\n"
     assert own.ok("domain", "remove", "vol1") == "domain vol1 removed\n"
     assert own.json("group", "remove", "alpha") == {"unreached": []}
-    own.ok("group", "remove", "beta")
+    for group in ("beta", "gamma"):
+        own.ok("group", "remove", group)
     for what in ("group", "domain", "disk"):
         assert own.json(what, "list") == []
     assert own.files()["run"] == ["control.sock", "lock"]

@@ -25,8 +25,8 @@ What is simulated
       between a commit and the word of it. A new one adopts the domain server.
     * *The store*: one record, changed after a while, or refused because the disk is full.
     * *An operator* who orders failovers, resyncs, holds, verifies and moves to other groups whenever he likes. The
-      content of a leg that is outdated is overwritten with rubbish before it is synced, so that nothing of it can be relied
-      on by chance.
+      content of a leg that is outdated is overwritten with rubbish before it is synced, so that nothing of it can
+      be relied on by chance.
 
 What is checked
     From what clients were told alone (``history.py``, which knows nothing of engines or legs):
