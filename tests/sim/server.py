@@ -113,6 +113,7 @@ class Server:
         self._ends: dict[int, FileHandle | ServerStream | ClientStream] = {}
         self._legs_by_fd: dict[int, LegNote] = {}
         self._seen = 0
+        self._erred: set[str] = set()  # groups whose legs met errors under this map, and were fenced
         self._tell = tell
         self._record = record
 
@@ -159,9 +160,10 @@ class Server:
             raise Violation(f"a read goes to group {name}, which is {record.leg(name).state}")
         if name != record.active:
             # A backup stands in for the active leg only where that has answered with an error, or is compared with it.
-            if not self._is_verifying() and not any(
-                self._errors(leg_id) for leg_id, note in self.legs.items() if note.group.name != name
-            ):
+            others = {
+                note.group.name for leg_id, note in self.legs.items() if self._errors(leg_id)
+            } | self._erred
+            if not self._is_verifying() and not others - {name}:
                 raise Violation(f"a read goes to group {name}; active is {record.active}")
             self.agenda.count("reads from a backup")
 
@@ -236,6 +238,8 @@ class Server:
     def _set_fenced(self, leg_id: int) -> None:
         self.collect()
         self.legs[leg_id].fenced = True
+        if self._errors(leg_id):
+            self._erred.add(self.legs[leg_id].group.name)
         for end in self.legs[leg_id].ends.values():
             end.is_fenced = True
 
@@ -264,6 +268,7 @@ class Server:
             ],
         )
         self.generation = record.generation
+        self._erred.clear()
         for leg_id in legs:
             self.legs[leg_id].in_map = True
         self._clear_evidence()
