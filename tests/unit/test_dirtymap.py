@@ -4,7 +4,7 @@ from dataclasses import replace
 from uuid import UUID
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.dirtymap import (
@@ -43,6 +43,7 @@ def bits(plane: bytes) -> int:
     return int.from_bytes(plane, "little")
 
 
+@settings(deadline=None)
 @given(size=st.integers(1, 1 << 44), marks=st.integers(0, 1 << 64))
 def test_map_encoded_and_decoded_is_the_same(size: int, marks: int) -> None:
     length = plane_size(size, region_shift(size))
@@ -51,6 +52,7 @@ def test_map_encoded_and_decoded_is_the_same(size: int, marks: int) -> None:
     assert DirtyMap.decode(original.encode(), domain=DOMAIN, size=size) == original
 
 
+@settings(deadline=None)
 @given(size=st.integers(1, 1 << 50))
 def test_map_of_any_size_is_small_and_covers_the_domain(size: int) -> None:
     shift = region_shift(size)
@@ -58,6 +60,7 @@ def test_map_of_any_size_is_small_and_covers_the_domain(size: int) -> None:
     assert bits(full_plane(size, shift)).bit_count() == -(-size >> shift)
 
 
+@settings(deadline=None)
 @given(place=st.integers(0), bit=st.integers(0, 7))
 def test_map_with_any_bit_flipped_is_refused(place: int, bit: int) -> None:
     data = bytearray(map_of(intent=5).encode())
@@ -66,6 +69,7 @@ def test_map_with_any_bit_flipped_is_refused(place: int, bit: int) -> None:
         DirtyMap.decode(bytes(data), domain=DOMAIN, size=SIZE)
 
 
+@settings(deadline=None)
 @given(length=st.integers(0))
 def test_map_cut_short_is_refused(length: int) -> None:
     data = map_of().encode()
