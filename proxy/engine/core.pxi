@@ -173,7 +173,7 @@ cdef struct Request:
     uint64_t span_end
     char *buffer               # of the arena: the bytes from claim_offset on
     char *edges                # within the buffer: two blocks, for a WRITE or ZERO that may need them
-    uint64_t cursors[LEGS_MAX]  # next byte to issue on each leg; flushing: next device
+    uint64_t cursors[LEGS_MAX]  # next byte to issue on each leg; edges: of both blocks; flushing: next device
     uint32_t disk
     uint32_t outstanding       # sub-operations in flight
     int32_t error              # errno of what failed

@@ -294,16 +294,22 @@ cdef void issue_span(Core *core, Request *request) noexcept nogil:
 
 cdef void issue_edges(Core *core, Request *request) noexcept nogil:
     cdef uint8_t kind = SUB_READ if request.phase == READING_EDGES else SUB_WRITE
+    cdef uint64_t block_size = request.map.block_size
+    cdef uint64_t within
     cdef uint32_t i, edge
     for i in range(request.map.leg_count):
         if not request.legs & (1 << i):
             continue
-        while request.cursors[i] < 2 and issue_more(core, request, request.map.legs[i]):
-            edge = <uint32_t>request.cursors[i]
-            request.cursors[i] += 1
+        # Cursors count the bytes of both blocks. One block may take several transfers of a device.
+        while request.cursors[i] < 2 * block_size and issue_more(core, request, request.map.legs[i]):
+            edge = <uint32_t>(request.cursors[i] / block_size)
+            within = request.cursors[i] % block_size
             if edge_shared(request, edge):
-                issue(core, request, i, kind, edge_offset(request, edge), request.map.block_size,
-                      request.buffer, <uint64_t>(request.edges - request.buffer) + edge * CLAIM_BLOCK)
+                request.cursors[i] += issue(
+                    core, request, i, kind, edge_offset(request, edge) + within, block_size - within, request.buffer,
+                    <uint64_t>(request.edges - request.buffer) + edge * CLAIM_BLOCK + within)
+            else:
+                request.cursors[i] += block_size
 
 cdef void issue_flushes(Core *core, Request *request) noexcept nogil:
     cdef Leg *leg

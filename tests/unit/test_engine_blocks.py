@@ -129,6 +129,20 @@ def test_largest_block_of_any_leg_counts_for_all() -> None:
     expect(rig, 512, pattern(512, 7))
 
 
+@pytest.mark.parametrize("kind", ["write", "zero"])
+@pytest.mark.parametrize(("offset", "length"), [(100, 50), (100, 8000), (4095, 2)])
+def test_block_that_takes_several_transfers_keeps_its_neighbours(kind: str, offset: int, length: int) -> None:
+    rig = Rig()
+    rig.add_leg(1, (SIZE,), block_size=512, transfer_max=512).fill(pattern(SIZE))
+    rig.add_leg(2, (SIZE,), block_size=4096).fill(pattern(SIZE))
+    client = rig.start(1, 2)
+    data = pattern(length, 7) if kind == "write" else bytes(length)
+    cookie = client.write(offset, data) if kind == "write" else client.zero(offset, length)
+    rig.run()
+    assert client.error(cookie) == 0
+    expect(rig, offset, data)
+
+
 def test_neighbours_in_one_block_do_not_lose_each_other() -> None:
     rig = rig_of_blocks(4096)
     (client,) = rig.clients
