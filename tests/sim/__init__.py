@@ -36,15 +36,19 @@ What is checked
     From what the devices hold, when a client is answered:
     * a write is on every leg that the store calls up to date; a flush, or a FUA write, durably so;
     * so is what a read has shown, so that no failover can take it back;
-    * a leg that the store comes to call up to date has all that was ever acknowledged or flushed;
+    * a leg that the store comes to call up to date has all that was ever acknowledged or flushed, and holds the same
+      bytes as the active one but where a write is under way;
     * so have all legs at a planned switch, and if nothing was wrong with any of them, they hold the same bytes.
     * so have all legs, durably, when an operator's hold is reached, and none that serves changes until its end.
     From what is sent where and when:
     * no byte goes to a leg once it is fenced, or to one that takes no part by the store; reads go to the active
       leg, and to an up-to-date backup only once another leg has answered with an error or legs are compared;
     * the space of a leg that leaves is given back only when nothing can land there any more;
+    * nothing goes to any leg while the domain holds and has said that nothing runs any more;
+    * a device that does not answer in time is told of;
     * between the decision of a failover and its durable record nothing is acknowledged;
-    * a leg is said to be drained, with nothing unproven, only when nothing can land on it any more;
+    * a leg is said to be drained, with nothing unproven, only when nothing can land on it any more, and is not used
+      again before that;
     * a verify, at any moment, finds no difference and writes nothing;
     * a client is told of an error only when no leg could do better.
     At the end, with all faults off and everybody back:
@@ -55,6 +59,9 @@ What is not
     The loss of power of the whole host (a flush's promise is checked against the devices instead), threads and
     io_uring itself (the integration tests run those), negotiation, more than one domain, and whatever the
     promise excludes: a domain whose up-to-date legs are all gone has to wait for one, and does.
+
+That all of this is looked at closely enough is shown by ``mutants.py``: deliberate breaches, each of which has to be
+found.
 
 To look into a failure, run its seed alone with ``-v``: every input and effect of the state machine, every event
 of the engine, every answer and every piece of trouble, with the simulated time.

@@ -6,7 +6,7 @@ it has landed or was killed a write is *unlanded*, which is what quarantine is a
 """
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -53,6 +53,7 @@ class Job:
     data: Callable[[], bytes]
     durable: bool
     done: Callable[[int, bytes], None]
+    began_ns: int = 0
     killed: bool = False
     stuck_ns: int = 0  # it does not go on before
     answered: bool = False
@@ -76,7 +77,8 @@ class Device:
         self.offset = random.choice((0, 4096, 12288))
         self.medium = Medium(self.offset + size)
         self.block_size = random.choice((512, 512, 4096))
-        self.transfer_max = random.choice((4096, 16384, 1 << 20))
+        # The least makes of a long request more operations than it may have in flight.
+        self.transfer_max = random.choice((self.block_size, 4096, 16384, 1 << 20))
         self.can_flush = agenda.chance(0.9)
         self.can_fua = self.can_flush and agenda.chance(0.7)
         self.can_zero = agenda.chance(0.8)
@@ -163,6 +165,7 @@ class Device:
     def begin(self, job: Job) -> None:
         """Take on a job."""
         random = self.agenda.random
+        job.began_ns = self.agenda.now_ns
         if job.kind in (JobKind.WRITE, JobKind.ZERO):
             self._unlanded[job] = None
         elif job.kind is JobKind.FLUSH:
@@ -229,6 +232,11 @@ class Device:
             job.done(error, bytes(job.read))
 
 
+def is_late(jobs: Iterable[Job], patience_ns: int, agenda: Agenda) -> bool:
+    """Whether one of these, but a flush, was begun so long ago."""
+    return any(job.kind is not JobKind.FLUSH and agenda.now_ns - job.began_ns > patience_ns for job in jobs)
+
+
 class FileHandle:
     """A file device as one engine has it open.
 
@@ -284,6 +292,7 @@ class FileHandle:
 
     def _later(self, op: PendingOp, result: int) -> None:
         job = Job(JobKind.FLUSH, 0, 0, bytes, False, lambda error, data: None)
+        job.began_ns = self.device.agenda.now_ns
         self._jobs[op.number] = job
 
         def answer() -> None:
@@ -292,6 +301,10 @@ class FileHandle:
                 self.engine.complete(op.number, result)
 
         self.device.agenda.soon(answer)
+
+    def is_late(self, patience_ns: int) -> bool:
+        """Whether something but a flush has not been answered for so long."""
+        return is_late(self._jobs.values(), patience_ns, self.device.agenda)
 
     def shut(self) -> None:
         raise AssertionError("a file is no stream")
@@ -338,6 +351,7 @@ class ServerStream:
         self._send: PendingOp | None = None
         self._broken: int | None = None
         self._alive = True
+        self._jobs: dict[Job, None] = {}
         device.streams.append(self)
 
     # --- The engine's end -------------------------------------------------------------------------
@@ -355,6 +369,10 @@ class ServerStream:
                     self._reading()
             self._sent_bytes = self._accepted_bytes + len(data)
             self._agenda.soon(self._accept, self.device.pace_ns)
+
+    def is_late(self, patience_ns: int) -> bool:
+        """Whether something but a flush has not been answered for so long."""
+        return is_late(self._jobs, patience_ns, self._agenda)
 
     def shut(self) -> None:
         """The engine has cut the stream. Part of what it was sending may be on its way already."""
@@ -450,6 +468,7 @@ class ServerStream:
         }[Command(request.command)]
 
         def done(error: int, data: bytes) -> None:
+            self._jobs.pop(job, None)
             if self._alive:
                 if self._agenda.chance(self.device.faults.garbled):
                     self._garble(request)
@@ -459,11 +478,13 @@ class ServerStream:
                 self._outbox += Reply(error, request.cookie, b"" if error else data).pack()
                 self._deliver()
 
+        durable = bool(request.flags & Flag.FUA)
+        job = Job(kind, request.offset, request.length, lambda: request.payload, durable, done)
         if kind is JobKind.ZERO and not self.device.can_punch:
             done(errno.EOPNOTSUPP, b"")
             return
-        durable = bool(request.flags & Flag.FUA)
-        self.device.begin(Job(kind, request.offset, request.length, lambda: request.payload, durable, done))
+        self._jobs[job] = None
+        self.device.begin(job)
 
     def _garble(self, request: Request) -> None:
         """Break the protocol."""

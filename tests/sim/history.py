@@ -216,6 +216,17 @@ class History:
             if cell.floor >= 0
         }
 
+    def busy(self) -> set[tuple[int, int]]:
+        """The cells, by disk, that a request may still change."""
+        return {
+            (operation.disk, cell)
+            for operation in self.operations.values()
+            if operation.kind in (Kind.WRITE, Kind.ZERO, Kind.TRIM)
+            and operation.asked < math.inf
+            and operation.settled == math.inf
+            for cell in range(operation.first, operation.last)
+        }
+
     # --- What a device holds ----------------------------------------------------------------------
 
     def value_of(self, disk: int, cell: int, content: bytes) -> int:

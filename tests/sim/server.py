@@ -87,6 +87,7 @@ class LegNote:
     unproven: int = 0
     against: Evidence | None = None
     in_map: bool = False  # some map has named it: it is in use
+    overdue: bool = False  # a device should have been told of at the last look
     ends: dict[int, FileHandle | ServerStream] = field(default_factory=dict)
 
 
@@ -114,6 +115,8 @@ class Server:
         self._legs_by_fd: dict[int, LegNote] = {}
         self._seen = 0
         self._erred: set[str] = set()  # groups whose legs met errors under this map, and were fenced
+        self._hold_number = -1
+        self._drained = False
         self._tell = tell
         self._record = record
 
@@ -141,12 +144,17 @@ class Server:
             note = self._legs_by_fd.get(op.fd)
             if note is not None and op.kind is not OpKind.RECEIVE:
                 self._check_leg(note, op.number, op.kind)
-            self._ends[op.fd].begin(op)
+            end = self._ends.get(op.fd)
+            if end is None:
+                raise Violation(f"a {op.kind.name} goes to a descriptor that was given back")
+            end.begin(op)
 
     def _check_leg(self, note: LegNote, number: int, kind: OpKind) -> None:
         name = note.group.name
         if note.fenced:
             raise Violation(f"a {kind.name} goes to group {name} after it was fenced")
+        if self._drained:
+            raise Violation(f"a {kind.name} goes to group {name} while the domain holds and nothing runs")
         record = self._record()
         if name not in record.attached():
             raise Violation(f"a {kind.name} goes to group {name}, which takes no part by the record")
@@ -184,6 +192,7 @@ class Server:
             elif note is not None and event.kind in _EVIDENCE:
                 evidence = Evidence(_EVIDENCE[event.kind], note.group.devices[event.device].name, event.code)
                 note.against = note.against or evidence
+                note.overdue = False
                 self.agenda.count(f"evidence: {evidence.kind.value}")
             elif note is not None and event.kind is EventKind.COPIED:
                 note.copied = event.code == 0
@@ -195,6 +204,8 @@ class Server:
                 del self.legs[event.leg]
             elif event.kind is EventKind.VERIFIED:
                 self._check_verified()
+            elif event.kind is EventKind.DRAINED:
+                self._drained = self.held and event.a == self._hold_number
             elif event.kind is EventKind.REPLAYED:
                 self.agenda.count("replayed", event.a)
             self._tell(event)
@@ -203,6 +214,16 @@ class Server:
         for descriptor in [fd for fd, known in self._ends.items() if known is end]:
             del self._ends[descriptor]
             self._legs_by_fd.pop(descriptor, None)
+
+    def check_patience(self) -> None:
+        """Raise Violation when a device has not answered for too long at two looks, and nobody was told."""
+        for note in self.legs.values():
+            if note.fenced or note.against is not None:
+                continue
+            late = any(end.is_late(DEADLINE_NS + 2 * TICK_NS) for end in note.ends.values())
+            if late and note.overdue:
+                raise Violation(f"group {note.group.name} does not answer in time, and nobody is told")
+            note.overdue = late
 
     # --- Commands of a manager --------------------------------------------------------------------
 
@@ -224,12 +245,13 @@ class Server:
         self.legs[leg_id] = note
 
     def hold(self) -> int:
-        self.held = True
-        return self.engine.hold()
+        self.held, self._drained = True, False
+        self._hold_number = self.engine.hold()
+        return self._hold_number
 
     def release(self) -> None:
+        self.held = self._drained = False
         self.engine.release()
-        self.held = False
 
     def fence(self, leg_id: int) -> None:
         self._set_fenced(leg_id)
@@ -270,7 +292,10 @@ class Server:
         self.generation = record.generation
         self._erred.clear()
         for leg_id in legs:
-            self.legs[leg_id].in_map = True
+            note = self.legs[leg_id]
+            if not note.in_map and not note.group.is_quiet:
+                raise Violation(f"group {note.group.name} is in use again, and an old write can still land on it")
+            note.in_map = True
         self._clear_evidence()
 
     def fail_parked(self) -> None:
@@ -281,6 +306,7 @@ class Server:
         for note in self.legs.values():
             if note.against is not None and note.against.kind is not EvidenceKind.LOST:
                 note.against = None
+                note.overdue = False
 
     def connect(self, client: Client) -> None:
         """Take in a client."""

@@ -34,7 +34,7 @@ KINDS = (
     "move",
 )
 #: With every fault off, this is more than enough to come to rest.
-REST_NS = 300 * SECOND_NS
+REST_NS = 60 * SECOND_NS
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,7 @@ class Chaos:
                 "active leg",
                 "backups",
                 "processes",
+                "crashes",
                 "store",
                 "hangs",
                 "medium",
@@ -68,6 +69,8 @@ class Chaos:
             weights |= {"lose active": 4, "server crash": random.choice((0, 1)), "failover": 1, "resync": 6}
         elif theme == "backups":
             weights |= {"break": 2, "down": 1, "stall": 1, "lose active": 1, "resync": 6}
+        elif theme == "crashes":
+            weights |= {"server crash": 6, "lose active": 1, "break": 1}
         elif theme == "hangs":
             weights |= {"hang": 6, "stall": 1, "manager crash": random.choice((0, 1)), "resync": 6}
         elif theme == "medium":
@@ -211,6 +214,7 @@ class World:
         # A batch for the sake of the clock: deadlines are looked at.
         if self.server is not None:
             self.server.turn()
+            self.server.check_patience()
         self.agenda.after(TICK_NS, self._tick)
 
     def _more(self) -> bool:
@@ -446,6 +450,7 @@ class World:
                 self._check_leg(
                     leg.group, f"{leg.group} was recorded up to date", self.history.flushed, durable=True
                 )
+                self._check_synced(leg.group, transition.after.active)
 
     def _held_by_operator(self) -> None:
         """An operator's hold was reached: a snapshot of any leg has to be what clients were promised."""
@@ -548,6 +553,21 @@ class World:
                     raise Violation(
                         f"{occasion}, but {name} has {'durably ' if durable else ''}only "
                         f"{self.history.operations.get(value, 'zeroes')} at byte {cell_offset(cell)}"
+                    )
+
+    def _check_synced(self, name: str, active: str) -> None:
+        """A leg that was synced holds what the active one does, but where writes are under way."""
+        busy = self.history.busy()
+        for disk in self.disks:
+            contents = [self.groups[group].content(disk.offset, disk.size) for group in (name, active)]
+            if contents[0] == contents[1]:
+                continue
+            for cell in range(len(self.history.cells[disk.number])):
+                span = slice(cell_offset(cell), cell_offset(cell + 1))
+                if contents[0][span] != contents[1][span] and (disk.number, cell) not in busy:
+                    raise Violation(
+                        f"{name} was recorded up to date, but differs from {active} at byte {span.start} "
+                        f"of disk {disk.number}"
                     )
 
     def _check_at_rest(self) -> None:
