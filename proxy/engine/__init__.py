@@ -49,6 +49,7 @@ Files
     used by ``door.pxi`` and ``remote.pxi``; ``copier.pxi``, ``repairer.pxi`` and
     ``verifier.pxi`` what the engine does of its own accord; ``loop.pxi``; ``_engine.pyx`` the Python
     face. They are one C unit on purpose.
+    ``mutants.pxi`` is nothing in the build that ships; in a test build it breaks rules on request.
 """
 
 from proxy.engine._engine import Engine, SimulatedEngine

@@ -21,11 +21,13 @@ cdef int32_t copier_start(Core *core, Leg *leg, uint32_t range_count) noexcept n
     copier.in_use = True
     copier.leg = leg
     copier.ranges = leg.copy_ranges
-    copier.range_count = range_count
+    copier.range_count = range_count - sf_mutant(COPY_MISSES_RANGE)
     copier.total = copier_rest(core, copier)
     i = dirty_plane(core, leg)
     if i:
         memset(core.dirty.copied[i], 0, core.dirty.words * 8)
+    if sf_mutant(COPIED_EARLY):
+        event_put(core, EVENT_COPIED, leg.id, 0, 0, core.map.generation, copier.total, 0)
     return 0
 
 cdef Copier *copier_of(Core *core, Leg *leg) noexcept nogil:
@@ -136,6 +138,9 @@ cdef void copier_pump(Core *core, Copier *copier) noexcept nogil:
         return
     if copier.error:
         copier_end(core, copier)
+    elif sf_mutant(COPY_UNFLUSHED) and not copier.flushing:
+        copier.unflushed = 0
+        copier_checkpoint(core, copier)
     elif not copier.flushing:
         request = request_take(core, True)
         if request == NULL:

@@ -1,5 +1,10 @@
 # Devices that are descriptors with offsets: regular files, block devices, files in memory.
 
+cdef inline bint sub_is_durable(SubOp *sub) noexcept nogil:
+    """Whether a write must be durable when its device answers."""
+    return (sub.request.fua and sub.request.map.can_fua
+            and not (sf_mutant(BACKUP_WITHOUT_FUA) and mutant_on_backup(sub)))
+
 cdef void file_submit(Core *core, SubOp *sub) noexcept nogil:
     """Submit what is left of a sub-operation."""
     cdef Device *device = sub.device
@@ -17,7 +22,7 @@ cdef void file_submit(Core *core, SubOp *sub) noexcept nogil:
     elif sub.kind == SUB_WRITE:
         op.kind = OP_WRITE
         op.data = sub.data + sub.progress
-        if sub.request.fua and sub.request.map.can_fua:
+        if sub_is_durable(sub):
             op.flags = RWF_DSYNC
     else:
         # tmpfs cannot zero a range, many disks cannot discard one; some can do neither.
@@ -50,7 +55,8 @@ cdef void file_done(Core *core, Op *op) noexcept nogil:
         result = -EIO  # the device ends before the extent does: it has shrunk
     # A fenced leg gets nothing more, not even the rest of a short write.
     if sub.request != NULL and not device.leg.fenced:
-        if result == -EINTR or result == -EAGAIN or (result == 0 and sub.progress < sub.length):
+        if result == -EINTR or result == -EAGAIN or (
+                result == 0 and sub.progress < sub.length and not sf_mutant(SHORT_WRITE_TAKEN)):
             file_submit(core, sub)
             return
         if sub.kind == SUB_ZERO and result == -EOPNOTSUPP:

@@ -44,7 +44,7 @@ cdef void remote_command(Core *core, SubOp *sub) noexcept nogil:
         sub.kind = SUB_ZERO_FILL
     if sub.kind == SUB_WRITE or sub.kind == SUB_ZERO_FILL:
         command = NBD_CMD_WRITE
-        if sub.kind == SUB_WRITE and sub.request.fua and sub.request.map.can_fua:
+        if sub.kind == SUB_WRITE and sub_is_durable(sub):
             flags = NBD_FLAG_FUA
     elif sub.kind == SUB_ZERO:
         command = NBD_CMD_WRITE_ZEROES
@@ -226,7 +226,7 @@ cdef void remote_bury(Core *core, Device *device) noexcept nogil:
     while device.oldest != NULL:
         sub = device.oldest
         if sub.kind == SUB_WRITE or sub.kind == SUB_ZERO or sub.kind == SUB_ZERO_FILL:
-            device.unproven += 1
+            device.unproven += not sf_mutant(UNPROVEN_UNCOUNTED)
         sub.sending = False
         subop_end(core, sub, device.error)
     leg_check_closed(core, device.leg)

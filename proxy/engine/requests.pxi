@@ -47,7 +47,8 @@ cdef void admit(Core *core, Request *request) noexcept nogil:
     request.exclusive = (request.kind == WRITE or request.kind == ZERO or request.kind == TRIM
                          or request.kind == REPAIR or (request.kind == VERIFY and request.step.exclusive))
     # A flush of the control thread's own covers what is there: an operator's hold is made durable by one.
-    if core.held and (request.kind != FLUSH or not request.token or core.map == NULL):
+    if (core.held and (request.kind != FLUSH or not request.token or core.map == NULL)
+            and not sf_mutant(ADMITTED_WHILE_HELD)):
         request.state = HELD
         mark_replayed(core, request)
         list_push(&core.held_requests, request)
@@ -57,7 +58,8 @@ cdef void admit(Core *core, Request *request) noexcept nogil:
 cdef void begin(Core *core, Request *request) noexcept nogil:
     """Claim, and start unless an earlier request is in the way."""
     # A flush covers what has been answered, never what is still in flight: it claims nothing.
-    if request.length and request.kind != FLUSH and not claim(core, request):
+    if (request.length and request.kind != FLUSH and not mutant_unclaimed(request)
+            and not claim(core, request)):
         core.counters.waited += 1
         request.state = WAITING
         list_push(&core.waiting, request)
@@ -80,7 +82,7 @@ cdef void start(Core *core, Request *request) noexcept nogil:
     request.rereading = False
     request.error = 0
     request.map = map
-    request.source = map.active
+    request.source = map.leg_count - 1 if sf_mutant(READ_FROM_LAST_LEG) else map.active
     map.references += 1
     if request.kind == FLUSH:
         enter(core, request, FLUSHING)
@@ -126,7 +128,8 @@ cdef void start(Core *core, Request *request) noexcept nogil:
         enter(core, request, READING)
     elif request.kind == READ or request.kind == COPY:
         enter(core, request, READING)
-    elif request.offset != request.span_offset or end != request.span_end:
+    elif ((request.offset != request.span_offset or end != request.span_end)
+            and not (sf_mutant(EDGES_NOT_READ_AGAIN) and request.kind == WRITE and request.phase == READING_EDGES)):
         enter(core, request, READING_EDGES)
     else:
         enter(core, request, ZEROING if request.kind == ZERO else WRITING)
@@ -137,16 +140,20 @@ cdef void start(Core *core, Request *request) noexcept nogil:
 cdef void enter(Core *core, Request *request, uint8_t phase) noexcept nogil:
     cdef Map *map = request.map
     cdef uint32_t i
+    cdef bint resumed = sf_mutant(REPLAYED_IN_PART) and phase == WRITING and request.phase == WRITING
     request.phase = phase
     request.legs = 0
     for i in range(map.leg_count):
-        request.cursors[i] = 0 if phase == FLUSHING else request.span_offset
+        if not resumed:
+            request.cursors[i] = 0 if phase == FLUSHING else request.span_offset
         if phase == READING or phase == READING_EDGES or request.kind == VERIFY:
             if i == request.source:
                 request.legs = 1 << i
         elif request.kind == REPAIR:
             if i == map.active:
                 request.legs = 1 << i
+        elif sf_mutant(BACKUP_NOT_ZEROED) and phase == ZEROING and request.kind != COPY and i != map.active:
+            continue
         elif request.kind != COPY or map.legs[i] == request.copier.leg:
             request.legs |= 1 << i
     if phase == READING_EDGES or phase == WRITING_EDGES:
@@ -228,6 +235,8 @@ cdef void merge_edges(Request *request) noexcept nogil:
 cdef void advance(Core *core, Request *request) noexcept nogil:
     """Issue what its phase has left; when all is done go on, park or finish."""
     while True:
+        if sf_mutant(SWAPPED_MID_REQUEST):
+            mutant_swap(core, request)
         if not request.failed and not request.rereading:
             if request.phase == FLUSHING:
                 issue_flushes(core, request)
@@ -238,7 +247,12 @@ cdef void advance(Core *core, Request *request) noexcept nogil:
         if (request.failed or request.rereading) and request.starved:
             request.starved = False
             list_remove(&core.starved, request)
+        if sf_mutant(FIRST_LEG_SUFFICES):
+            mutant_forget_backups(request)
         if request.outstanding or request.starved:
+            return
+        if request.failed and sf_mutant(PARKED_ANSWERED):
+            finish(core, request, 0)
             return
         if request.failed:
             if request.rejected:
@@ -316,6 +330,8 @@ cdef void issue_flushes(Core *core, Request *request) noexcept nogil:
     cdef Device *device
     cdef uint32_t i
     for i in range(request.map.leg_count):
+        if sf_mutant(BACKUP_NOT_FLUSHED) and i != request.map.active:
+            continue
         leg = request.map.legs[i]
         while request.cursors[i] < leg.device_count and issue_more(core, request, leg):
             device = &leg.devices[request.cursors[i]]
@@ -325,7 +341,7 @@ cdef void issue_flushes(Core *core, Request *request) noexcept nogil:
 
 cdef bint device_usable(Core *core, Request *request, Device *device) noexcept nogil:
     """The gate: nothing is ever issued to a fenced leg or a lost device."""
-    if device.leg.fenced or device.lost:
+    if (device.leg.fenced and not sf_mutant(FENCE_GATE_OPEN)) or device.lost:
         request.failed = True
         request.error = device.error if device.error else EIO
         return False
@@ -439,7 +455,7 @@ cdef void subop_end(Core *core, SubOp *sub, int32_t error) noexcept nogil:
     if rereads:
         request.rereading = True
         request.error = error
-    elif error:
+    elif error and not (sf_mutant(BACKUP_ERROR_IGNORED) and device.leg != request.map.legs[request.map.active]):
         request.failed = True
         request.error = error
         if not device.reported and not device.leg.fenced:
@@ -459,6 +475,8 @@ cdef void leave(Core *core, Request *request) noexcept nogil:
 cdef void park(Core *core, Request *request) noexcept nogil:
     """Keep a request that a leg failed until the next map. Its claim stays."""
     leave(core, request)
+    if sf_mutant(PARKED_UNCLAIMED):
+        unclaim(core, request)
     request.state = PARKED
     mark_replayed(core, request)
     core.counters.parked += 1
@@ -470,7 +488,7 @@ cdef void finish(Core *core, Request *request, int32_t error) noexcept nogil:
     request.state = FINISHED
     request.error = error
     unclaim(core, request)
-    if core.held and request.kind != READ and request.connection != NULL:
+    if core.held and request.kind != READ and request.connection != NULL and not sf_mutant(ACKNOWLEDGED_WHILE_HELD):
         # Once a failover is decided nothing is acknowledged before its record is durable.
         mark_replayed(core, request)
         list_push(&core.withheld, request)
@@ -515,7 +533,7 @@ cdef bint refresh_buffer(Core *core, Request *request) noexcept nogil:
     """Give a request whose buffer a late answer may still write into a fresh one; False: no memory."""
     cdef char *fresh
     cdef uint64_t size
-    if not request.scribbled or not arena_shared(&core.arena, request.buffer):
+    if not request.scribbled or not arena_shared(&core.arena, request.buffer) or sf_mutant(LATE_ANSWER_SCRIBBLES):
         return True
     size = arena_size(&core.arena, request.buffer)
     fresh = arena_take(&core.arena, size)
@@ -569,7 +587,7 @@ cdef void settle(Core *core) noexcept nogil:
         request = list_pop(&core.starved)
         request.starved = False
         advance(core, request)
-    if core.held and core.running == 0 and not core.drain_reported:
+    if core.held and (core.running == 0 or sf_mutant(DRAIN_UNAWAITED)) and not core.drain_reported:
         core.drain_reported = True
         event_put(core, EVENT_DRAINED, 0, 0, 0, core.map.generation if core.map != NULL else 0, core.holds, 0)
     if core.replay_report and core.replays_pending == 0:
@@ -644,7 +662,7 @@ cdef void fail_parked(Core *core) noexcept nogil:
 cdef void leg_check_drained(Core *core, Leg *leg) noexcept nogil:
     cdef uint64_t unproven = 0
     cdef uint32_t i
-    if leg.fenced and leg.in_flight == 0 and not leg.drain_reported:
+    if leg.fenced and (leg.in_flight == 0 or sf_mutant(FENCE_UNAWAITED)) and not leg.drain_reported:
         leg.drain_reported = True
         for i in range(leg.device_count):
             unproven += leg.devices[i].unproven
@@ -715,7 +733,7 @@ cdef void check_deadlines(Core *core) noexcept nogil:
     cdef uint32_t i, j
     for i in range(LEG_SLOTS):
         leg = &core.legs[i]
-        if not leg.in_use or leg.fenced:
+        if not leg.in_use or leg.fenced or sf_mutant(DEADLINE_UNREPORTED):
             continue
         for j in range(leg.device_count):
             device = &leg.devices[j]
