@@ -32,6 +32,7 @@ class Faults:
     torn: float = 0.0
     slow: float = 0.0
     garbled: float = 0.0  # a reply of a server that breaks the protocol
+    fatal: float = 0.0  # a server's connections break over a write
 
 
 class JobKind(Enum):
@@ -134,13 +135,14 @@ class Device:
 
     def delay_unlanded(self) -> None:
         """What has not landed may do so much later, when nobody thinks of it any more."""
+        # Long enough for the leg to be opened and wanted again meanwhile.
         for job in self._unlanded:
-            self.delay(job)
+            self.delay(job, 1000 * MILLISECOND_NS)
 
-    def delay(self, job: Job) -> None:
+    def delay(self, job: Job, most_ns: int) -> None:
         """Have a job land later, perhaps."""
         if self.agenda.chance(0.5):
-            job.stuck_ns = self.agenda.now_ns + self.agenda.random.randrange(300 * MILLISECOND_NS)
+            job.stuck_ns = self.agenda.now_ns + self.agenda.random.randrange(most_ns)
 
     def recover(self) -> None:
         """Be well from now on."""
@@ -168,6 +170,8 @@ class Device:
         job.began_ns = self.agenda.now_ns
         if job.kind in (JobKind.WRITE, JobKind.ZERO):
             self._unlanded[job] = None
+            if self.agenda.chance(self.faults.fatal):
+                self.agenda.soon(self.break_streams, self.pace_ns)
         elif job.kind is JobKind.FLUSH:
             job.snapshot = self.medium.flush_begin()
         delay = random.randrange(self.pace_ns)
@@ -302,6 +306,13 @@ class FileHandle:
 
         self.device.agenda.soon(answer)
 
+    def finish_reads(self) -> None:
+        """Answer every read at once, whatever the device is at."""
+        for job in list(self._jobs.values()):
+            if job.kind is JobKind.READ and not job.answered:
+                job.answered = True
+                job.done(0, bytes(job.length))
+
     def is_late(self, patience_ns: int) -> bool:
         """Whether something but a flush has not been answered for so long."""
         return is_late(self._jobs.values(), patience_ns, self.device.agenda)
@@ -321,7 +332,7 @@ class FileHandle:
                 job.killed = True
                 self.device._unlanded.pop(job, None)
             else:
-                self.device.delay(job)
+                self.device.delay(job, 300 * MILLISECOND_NS)
                 self.device.agenda.count("late after a crash")
 
 

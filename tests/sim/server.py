@@ -148,6 +148,16 @@ class Server:
             if end is None:
                 raise Violation(f"a {op.kind.name} goes to a descriptor that was given back")
             end.begin(op)
+            if op.kind is OpKind.SEND and isinstance(end, ClientStream) and self.agenda.chance(0.3):
+                self._finish_late_reads()
+
+    def _finish_late_reads(self) -> None:
+        """An answer is on its way to a client: the worst moment for one that nobody waits for any more."""
+        for note in self.legs.values():
+            if note.fenced:
+                for end in note.ends.values():
+                    if isinstance(end, FileHandle):
+                        end.finish_reads()
 
     def _check_leg(self, note: LegNote, number: int, kind: OpKind) -> None:
         name = note.group.name
@@ -294,7 +304,9 @@ class Server:
         for leg_id in legs:
             note = self.legs[leg_id]
             if not note.in_map and not note.group.is_quiet:
-                raise Violation(f"group {note.group.name} is in use again, and an old write can still land on it")
+                raise Violation(
+                    f"group {note.group.name} is in use again, and an old write can still land on it"
+                )
             note.in_map = True
         self._clear_evidence()
 

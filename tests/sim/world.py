@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 from proxy.engine import Event
@@ -23,6 +24,7 @@ DOMAIN_SIZES = (49152, 98304)
 #: What may befall a domain, one by one.
 KINDS = (
     "stall",
+    "sick",
     "break",
     "down",
     "lose active",
@@ -68,13 +70,13 @@ class Chaos:
         elif theme == "active leg":
             weights |= {"lose active": 4, "server crash": random.choice((0, 1)), "failover": 1, "resync": 6}
         elif theme == "backups":
-            weights |= {"break": 2, "down": 1, "stall": 1, "lose active": 1, "resync": 6}
+            weights |= {"break": 2, "sick": 2, "down": 1, "stall": 1, "lose active": 1, "resync": 6}
         elif theme == "crashes":
             weights |= {"server crash": 6, "lose active": 1, "break": 1}
         elif theme == "hangs":
             weights |= {"hang": 6, "stall": 1, "manager crash": random.choice((0, 1)), "resync": 6}
         elif theme == "medium":
-            weights |= {"lose active": 2, "sick active": 6, "resync": 8}
+            weights |= {"lose active": 2, "sick active": 3, "sick source": 6, "resync": 5}
         elif theme == "orders":
             weights |= {"failover": 8, "hold": 4, "move": 8, "break": random.choice((0, 1)), "resync": 8}
             weights |= {"manager crash": 1, "server crash": random.choice((0, 1))}
@@ -105,6 +107,7 @@ class World:
             torn=random.choice((0.0, 0.3)),
             slow=random.choice((0.0, 0.05)),
             garbled=random.choice((0.0, 0.0, 0.002)),
+            fatal=random.choice((0.0, 0.0, 0.01)),
         )
         size = random.choice(DOMAIN_SIZES)
         self.groups = {
@@ -318,10 +321,19 @@ class World:
             case "stall":
                 device.stall(duration_ns)
             case "hang":
-                # What they have in common stops, such as a switch; they come back one by one.
+                # What they have in common stops, such as a switch; they come back one by one, or nearly at once.
+                least_ms, spread_ms = random.choice(((200, 700), (random.randrange(220, 700), 6)))
                 for group in self.groups.values():
                     for device in group.devices:
-                        device.stall(random.randrange(200, 900) * MILLISECOND_NS)
+                        device.stall(int((least_ms + random.random() * spread_ms) * MILLISECOND_NS))
+            case "sick":
+                device.sicken(random.randrange(1, 60) * MILLISECOND_NS)
+            case "sick source":
+                # While a leg is copied from it, which takes a while to begin.
+                self._order_resyncs()
+                for device in self.groups[self.store.record.active].devices:
+                    duration_ns = random.randrange(1, 60) * MILLISECOND_NS
+                    self.agenda.soon(partial(device.sicken, duration_ns), 80 * MILLISECOND_NS)
             case "sick active":
                 for device in self.groups[self.store.record.active].devices:
                     device.sicken(random.randrange(1, 60) * MILLISECOND_NS)
@@ -442,7 +454,11 @@ class World:
         for leg in transition.before.legs:
             if leg.group not in kept and not self.groups[leg.group].is_quiet:
                 raise Violation(f"the space of {leg.group} is given back, and a write can still land there")
+        fresh = self.server is not None and self.server.generation == 0
         for leg in transition.after.legs:
+            if fresh and leg.state is LegState.UPTODATE:
+                # What was in flight when the server before ended may be on some legs and not on others.
+                self._check_synced(leg.group, transition.after.active)
             if leg.state is LegState.UPTODATE and (
                 transition.is_planned or transition.before.leg(leg.group).state is not leg.state
             ):
@@ -556,7 +572,7 @@ class World:
                     )
 
     def _check_synced(self, name: str, active: str) -> None:
-        """A leg that was synced holds what the active one does, but where writes are under way."""
+        """An up-to-date leg holds what the active one does, but where writes are under way."""
         busy = self.history.busy()
         for disk in self.disks:
             contents = [self.groups[group].content(disk.offset, disk.size) for group in (name, active)]
