@@ -44,12 +44,17 @@ cdef enum:
     COPY_MISSES_RANGE = 61
     COPY_UNFLUSHED = 62
     COPIED_EARLY = 63
+    # Verifying and repairing
+    VERIFY_UNCLAIMED = 80
+    REPAIR_UNCLAIMED = 81
 
 cdef inline bint mutant_unclaimed(Request *request) noexcept nogil:
     """Whether a request passes by all claims."""
     return (sf_mutant(WRITE_UNCLAIMED) and request.exclusive
             or sf_mutant(READ_UNCLAIMED) and request.kind == READ
-            or sf_mutant(COPY_UNCLAIMED) and request.kind == COPY)
+            or sf_mutant(COPY_UNCLAIMED) and request.kind == COPY
+            or sf_mutant(VERIFY_UNCLAIMED) and request.kind == VERIFY
+            or sf_mutant(REPAIR_UNCLAIMED) and request.kind == REPAIR)
 
 cdef inline bint mutant_on_backup(SubOp *sub) noexcept nogil:
     return sub.device.leg != sub.request.map.legs[sub.request.map.active]

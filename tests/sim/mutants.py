@@ -83,6 +83,8 @@ ENGINE: Mapping[str, str] = MappingProxyType(
         "COPY_MISSES_RANGE": "a copy brings over all it was asked for",
         "COPY_UNFLUSHED": "a leg that was copied to holds all of it durably",
         "COPIED_EARLY": "a leg is said to be copied to when it is",
+        "VERIFY_UNCLAIMED": "a write in flight is no difference between legs",
+        "REPAIR_UNCLAIMED": "a repair never crosses a client's write to the same range",
     }
 )
 
@@ -292,7 +294,7 @@ def main() -> int:
     """Hunt mutants, all of them or those that are named; 0 when each was found."""
     parser = argparse.ArgumentParser(prog="scripts/hunt", description="Have the simulator find mutants.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="which (default: all)")
-    parser.add_argument("--seeds", type=int, default=300, metavar="N", help="of each (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=1000, metavar="N", help="of each (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="J", help="processes")
     parser.add_argument("--none", action="store_true", help="none at all; 0 when nothing was found")
     options = parser.parse_args()
