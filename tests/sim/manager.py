@@ -272,8 +272,10 @@ class Manager:
         if self.dies_in is not None:
             self.dies_in -= 1
             if self.dies_in < 0:
-                self._died()
-                return
+                if not isinstance(self._effects[0], MakeDurable):
+                    self._died()
+                    return
+                self.agenda.soon(self._died, 3 * MILLISECOND_NS)  # while the store is at it
         effect = self._effects.popleft()
         self.agenda.say(f"out: {effect}")
         answer = self._carry_out(effect)
