@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from proxy.engine import Event, EventKind, RequestKind
+from proxy.engine import Event, EventKind
 from proxy.errors import RefusedError
 from proxy.failover import (
     Adopted,
@@ -414,7 +414,7 @@ class Manager:
             self._reopen_lost()
         elif self.machine.phase is Phase.PAUSED:
             if self._flush_token is None and self._flushed_generation != self.machine.record.generation:
-                self._flush_token = self.server.engine.submit(RequestKind.FLUSH)
+                self._flush_token = self.server.flush()
         elif self.machine.phase is Phase.SERVING:
             self._advance_migration()
             if self.machine.phase is Phase.SERVING:

@@ -7,7 +7,7 @@ import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from proxy.engine import Event, EventKind, LegRole, OpKind, SimulatedEngine
+from proxy.engine import Event, EventKind, LegRole, OpKind, RequestKind, SimulatedEngine
 from proxy.errors import NBD_ERROR_BY_ERRNO
 from proxy.extentmap import ExtentMap, Range
 from proxy.failover import MEDIUM_ERRORS, Evidence, EvidenceKind, Record
@@ -258,6 +258,11 @@ class Server:
         self.held, self._drained = True, False
         self._hold_number = self.engine.hold()
         return self._hold_number
+
+    def flush(self) -> int:
+        """Flush all legs for the control thread, also while the domain holds; the token."""
+        self._drained = False
+        return self.engine.submit(RequestKind.FLUSH)
 
     def release(self) -> None:
         self.held = self._drained = False
