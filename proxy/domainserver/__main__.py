@@ -16,6 +16,10 @@ from uuid import UUID
 import trio
 
 from proxy.domainserver.control import Server
+from proxy.domainserver.doors import Doors
+from proxy.engine import Engine
+from proxy.errors import NBD_ERROR_BY_ERRNO
+from proxy.failover import MEDIUM_ERRORS
 
 
 def main() -> int:
@@ -40,7 +44,12 @@ def main() -> int:
     identity = f"{os.getpid()} {arguments.uuid}\n".encode()
     os.pwrite(lock, identity, 0)
     os.ftruncate(lock, len(identity))
-    server = Server(arguments.name, arguments.directory, deadline_ms=arguments.deadline_ms)
+    engine = Engine(
+        nbd_errors={number: int(value) for number, value in NBD_ERROR_BY_ERRNO.items()},
+        deadline_ns=arguments.deadline_ms * 1_000_000,
+        medium_errors=MEDIUM_ERRORS,
+    )
+    server = Server(arguments.name, arguments.directory, engine=engine, doors=Doors(engine, arguments.name))
     return 0 if trio.run(_serve, server, arguments.directory) else 1
 
 

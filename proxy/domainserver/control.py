@@ -10,14 +10,14 @@ from uuid import UUID
 
 import trio
 
+from backends import OpenDevice, open_device
 from proxy.dirtymap import INTENT, LegContent
 from proxy.domainserver.bitmap import Bitmap, Disk, open_bitmap
 from proxy.domainserver.doors import Doors, export_of
 from proxy.domainserver.legs import DeviceOrder, Generations, LegError, label_leg, open_leg
 from proxy.engine import Engine, Event, EventKind, LegRole, RequestKind, Tracking
-from proxy.errors import NBD_ERROR_BY_ERRNO, RefusedError
+from proxy.errors import RefusedError
 from proxy.extentmap import ExtentMap
-from proxy.failover import MEDIUM_ERRORS
 from proxy.wire import Decoder, Frame, WireError
 
 log = logging.getLogger("standfast.control")
@@ -58,23 +58,32 @@ class Server:
     Args:
         domain: its name.
         directory: of its sockets.
-        deadline_ms: how long a device may take for one operation before that is reported.
+        engine: its data plane.
+        doors: of that engine.
+        open_device: gives the device of a URL.
+        disk: that its dirty bitmap is kept on.
     """
 
-    def __init__(self, domain: str, directory: Path, *, deadline_ms: int) -> None:
+    def __init__(
+        self,
+        domain: str,
+        directory: Path,
+        *,
+        engine: Engine,
+        doors: Doors,
+        open_device: Callable[[str], Awaitable[OpenDevice]] = open_device,
+        disk: Disk | None = None,
+    ) -> None:
         self.domain = domain
         self._directory = directory
-        self.engine = Engine(
-            nbd_errors={number: int(value) for number, value in NBD_ERROR_BY_ERRNO.items()},
-            deadline_ns=deadline_ms * 1_000_000,
-            medium_errors=MEDIUM_ERRORS,
-        )
-        self.doors = Doors(self.engine, domain)
+        self.engine = engine
+        self.doors = doors
+        self._open_device = open_device
         self.stopped = trio.Event()
         self.clean = False
         self._legs: dict[int, LegStatus] = {}
         self._openings: dict[int, trio.CancelScope] = {}
-        self._disk = Disk()
+        self._disk = disk or Disk()
         self._verify: VerifyStatus | None = None
         self._verified: dict[str, Any] | None = None  # what the last one found, until a manager has noted it
         self._bitmap: Bitmap | None = None
@@ -84,7 +93,7 @@ class Server:
         self._maps: set[int] = set()  # generations of those that requests still run under
         self._listening: str | None = None
         self._is_open = False
-        self._manager: trio.SocketStream | None = None
+        self._manager: trio.abc.Stream | None = None
         self._passing = trio.Lock()
         self._sending = trio.Lock()
         self._done: dict[int, int] = {}  # token to errno, of the server's own requests
@@ -100,7 +109,7 @@ class Server:
             await trio.lowlevel.wait_readable(self.engine.event_fd)
             await self._pass_events()
 
-    async def serve_manager(self, stream: trio.SocketStream) -> None:
+    async def serve_manager(self, stream: trio.abc.Stream) -> None:
         """Obey one manager until it goes. A new one takes the place of one before."""
         if self._manager is not None:
             await trio.aclose_forcefully(self._manager)
@@ -182,7 +191,7 @@ class Server:
 
     # --- In ---------------------------------------------------------------------------------------
 
-    async def _obey(self, manager: trio.SocketStream, frame: Frame) -> None:
+    async def _obey(self, manager: trio.abc.Stream, frame: Frame) -> None:
         operation = frame.body.get("op")
         handler = _OPERATIONS.get(operation) if isinstance(operation, str) else None
         answer: dict[str, Any] = {"id": frame.body.get("id")}
@@ -307,6 +316,7 @@ class Server:
                     Generations(**frame.body["labels"]),
                     distrust=distrust,
                     timeout_s=frame.body["timeout_s"],
+                    open_device=self._open_device,
                 )
             finally:
                 del self._openings[leg_id]
@@ -319,7 +329,12 @@ class Server:
     async def _label(self, frame: Frame) -> None:
         """Label the devices of a leg anew."""
         orders = [DeviceOrder.from_message(message) for message in frame.body["devices"]]
-        await label_leg(orders, Generations(**frame.body["labels"]), timeout_s=frame.body["timeout_s"])
+        await label_leg(
+            orders,
+            Generations(**frame.body["labels"]),
+            timeout_s=frame.body["timeout_s"],
+            open_device=self._open_device,
+        )
 
     async def _install(self, frame: Frame) -> None:
         """Install a map, and offer the disks in it that are ready."""

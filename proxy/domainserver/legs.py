@@ -62,6 +62,7 @@ async def open_leg(
     *,
     distrust: Callable[[], Awaitable[None]],
     timeout_s: float,
+    open_device: Callable[[str], Awaitable[OpenDevice]] = open_device,
 ) -> tuple[list[DeviceSpec], list[str]]:
     """Open all devices of a leg, and label them anew.
 
@@ -72,6 +73,7 @@ async def open_leg(
             of the leg is to be copied is not forgotten any more.
         timeout_s: for each device to be reached and to give its label. (A predecessor's lock is waited for
             longer: that wait ends with the predecessor.)
+        open_device: gives the device of a URL.
 
     Returns:
         The devices, whose descriptors are the caller's, and what was found stale, a line each.
@@ -98,7 +100,13 @@ async def open_leg(
         return [_spec(device) for device in devices], stale
 
 
-async def label_leg(orders: Sequence[DeviceOrder], generations: Generations, *, timeout_s: float) -> None:
+async def label_leg(
+    orders: Sequence[DeviceOrder],
+    generations: Generations,
+    *,
+    timeout_s: float,
+    open_device: Callable[[str], Awaitable[OpenDevice]] = open_device,
+) -> None:
     """Label the devices of a leg anew, each over a connection of its own; the leg may be in use.
 
     Raises:

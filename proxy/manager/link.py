@@ -33,7 +33,7 @@ class Link:
     told before a reply is in it before that reply is returned.
     """
 
-    def __init__(self, stream: trio.SocketStream) -> None:
+    def __init__(self, stream: trio.abc.Stream) -> None:
         self._stream = stream
         self._replies: dict[int, tuple[trio.Event, list[dict[str, Any]]]] = {}
         self._next_id = 1
@@ -113,5 +113,5 @@ class Link:
         try:
             await self._stream.send_all(frame.encode())
         except trio.Cancelled:
-            self._stream.socket.close()  # half a frame is in the channel, and nothing can follow that
+            await trio.aclose_forcefully(self._stream)  # half a frame is in it, and nothing can follow that
             raise

@@ -24,7 +24,7 @@ from proxy.manager.labels import Labels
 from proxy.manager.legs import is_remote
 from proxy.manager.session import Order, Session, release_change
 from proxy.manager.settings import Settings
-from proxy.manager.supervisor import STOP_PATIENCE_S, Supervisor
+from proxy.manager.supervisor import STOP_PATIENCE_S, Host, Supervisor
 from proxy.model import (
     FAILBACK_MANUAL,
     LEGS_MAX,
@@ -61,14 +61,18 @@ class Service:
         settings: of this manager.
         run: where sockets are.
         bitmaps: where the domains' dirty bitmaps are.
+        host: that domain servers run on; this one, unless it is simulated.
     """
 
-    def __init__(self, store: Store, settings: Settings, run: Path, bitmaps: Path) -> None:
+    def __init__(
+        self, store: Store, settings: Settings, run: Path, bitmaps: Path, host: Host | None = None
+    ) -> None:
         self.store = store
         self.settings = settings
         self.run_directory = run
         self._bitmaps = bitmaps
         self._labels = Labels(store)
+        self._host = host or Host()
         self.supervisors: dict[str, Supervisor] = {}
         self._nursery: trio.Nursery | None = None
         self._site = trio.Lock()
@@ -121,7 +125,7 @@ class Service:
 
     def _is_served(self, domain: DomainRecord) -> bool:
         try:
-            running = process.find(self.run_directory / domain.domain.name, domain.domain.uuid)
+            running = self._host.find(self.run_directory / domain.domain.name, domain.domain.uuid)
         except process.StartingError:
             return True
         except process.StartError:
@@ -140,6 +144,7 @@ class Service:
             labels=self._labels,
             bitmap=self._bitmap(self.store.domain(name)),
             changed=self.note_change,
+            host=self._host,
         )
         self.supervisors[name] = supervisor
         self._nursery.start_soon(supervisor.run)
@@ -291,7 +296,7 @@ class Service:
         self.store.remove_domain(name, time.time())
         self._bitmap(domain).unlink(missing_ok=True)
         with suppress(process.StartError):
-            if process.find(self.run_directory / name, domain.domain.uuid) is None:
+            if self._host.find(self.run_directory / name, domain.domain.uuid) is None:
                 shutil.rmtree(self.run_directory / name, ignore_errors=True)
         self.note_change()
 

@@ -9,8 +9,10 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
+from uuid import UUID
 
 import trio
 
@@ -41,6 +43,34 @@ STOP_PATIENCE_S = 15.0
 T = TypeVar("T")
 
 
+class Running(Protocol):
+    """A domain server that was started or found; ``process.Process``."""
+
+    async def wait_gone(self) -> None: ...
+
+    def has_ended(self) -> bool: ...
+
+    def kill(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Start(Protocol):
+    """``process.start``."""
+
+    def __call__(self, name: str, uuid: UUID, directory: Path, *, deadline_ms: int) -> Running: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """How domain servers are found, started and spoken to: this host, or a simulated one."""
+
+    find: Callable[[Path, UUID], Running | None] = process.find
+    start: Start = process.start
+    last_words: Callable[[Path], str] = process.last_words
+    connect: Callable[[Path], Awaitable[Link]] = Link.connect
+
+
 class Supervisor:
     """The supervisor of one domain.
 
@@ -51,6 +81,7 @@ class Supervisor:
         labels: of the manager's groups.
         bitmap: the file of its dirty bitmap.
         changed: called when what an operator sees may have changed.
+        host: that domain servers run on.
     """
 
     def __init__(
@@ -63,6 +94,7 @@ class Supervisor:
         labels: Labels,
         bitmap: Path,
         changed: Callable[[], None],
+        host: Host,
     ) -> None:
         self.name = name
         self.directory = directory
@@ -75,6 +107,7 @@ class Supervisor:
         self._store = store
         self._settings = settings
         self._changed = changed
+        self._host = host
         self._session: Session | None = None
         self._scope = trio.CancelScope()
         self._numbers = Numbers()
@@ -189,10 +222,12 @@ class Supervisor:
     async def _serve(self) -> None:
         """One domain server, until it is gone."""
         uuid = self._store.domain(self.name).domain.uuid
-        running = process.find(self.directory, uuid)
+        running = self._host.find(self.directory, uuid)
         adopted = running is not None
         if running is None:
-            running = process.start(self.name, uuid, self.directory, deadline_ms=self._settings.deadline_ms)
+            running = self._host.start(
+                self.name, uuid, self.directory, deadline_ms=self._settings.deadline_ms
+            )
         try:
             link = await self._connect(running)
             error = await self._deal(link, adopted=adopted)
@@ -210,15 +245,15 @@ class Supervisor:
                     await running.wait_gone()
             running.close()
 
-    async def _connect(self, running: process.Process) -> Link:
+    async def _connect(self, running: Running) -> Link:
         with trio.move_on_after(process.START_TIMEOUT_S):
             while not running.has_ended():
                 try:
-                    return await Link.connect(self.directory / "control.sock")
+                    return await self._host.connect(self.directory / "control.sock")
                 except OSError:
                     await trio.sleep(0.01)  # nothing tells when a socket comes to be
         running.kill()
-        raise process.StartError(f"it did not come up: {process.last_words(self.directory)}")
+        raise process.StartError(f"it did not come up: {self._host.last_words(self.directory)}")
 
     async def _deal(self, link: Link, *, adopted: bool) -> StandfastError:
         """Deal with a server until it is gone; why it is."""
@@ -283,7 +318,7 @@ class Supervisor:
         with trio.move_on_after(STOP_PATIENCE_S):
             while True:
                 try:
-                    running = process.find(self.directory, uuid)
+                    running = self._host.find(self.directory, uuid)
                 except process.StartingError:
                     await trio.sleep(0.01)  # it has its lock, and is about to say who it is
                     continue
