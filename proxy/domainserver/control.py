@@ -475,6 +475,9 @@ class Server:
                 await self._changed.wait()
         try:
             code = await self._wait_done(self.engine.submit(RequestKind.ZERO, disk, offset, length))
+            if not code:
+                # Whoever is told that it is zeroed makes that durable, and a loss of power must not undo it.
+                code = await self._wait_done(self.engine.submit(RequestKind.FLUSH))
         except OSError as error:
             code = error.errno or EIO
         await self._send({"event": {"kind": "ZEROED", "disk": disk, "code": code}})
