@@ -424,6 +424,8 @@ class Server:
         if frame.body["leg"] in self._openings:
             self._openings[frame.body["leg"]].cancel()
             return
+        if frame.body["leg"] not in self._legs:
+            return  # a manager before had let go of it too, and it has gone since
         self._legs[frame.body["leg"]].fenced = True
         self.engine.close_leg(frame.body["leg"])
 

@@ -1,0 +1,36 @@
+"""A domain server's commands, given over a real link; no devices and no clients."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import trio
+import trio.testing
+
+from proxy.domainserver.control import Server
+from proxy.domainserver.doors import Doors
+from proxy.engine import SimulatedEngine
+from proxy.errors import NBD_ERROR_BY_ERRNO
+from proxy.manager.link import Link
+
+
+@asynccontextmanager
+async def a_manager(server: Server) -> AsyncIterator[Link]:
+    """A manager's link to the server."""
+    ours, theirs = trio.testing.memory_stream_pair()
+    link = Link(ours)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(server.serve_manager, theirs)
+        nursery.start_soon(link.run)
+        yield link
+        nursery.cancel_scope.cancel()
+
+
+def a_server(directory: Path) -> Server:
+    engine = SimulatedEngine(nbd_errors=dict(NBD_ERROR_BY_ERRNO), deadline_ns=1_000_000_000)
+    return Server("vol", directory, engine=engine, doors=Doors(engine, "vol"))
+
+
+async def test_close_leg_of_a_leg_that_is_gone_does_nothing(tmp_path: Path) -> None:
+    async with a_manager(a_server(tmp_path)) as link:
+        assert await link.call("close-leg", leg=3) is None
