@@ -82,6 +82,7 @@ class Server:
         self.stopped = trio.Event()
         self.clean = False
         self._legs: dict[int, LegStatus] = {}
+        self._last_leg = 0  # the largest number that any leg has had
         self._openings: dict[int, trio.CancelScope] = {}
         self._disk = disk or Disk()
         self._verify: VerifyStatus | None = None
@@ -223,6 +224,7 @@ class Server:
             "domain": self.domain,
             "generation": self._generation,
             "held": self._held,
+            "last_leg": self._last_leg,
             "legs": {str(leg_id): asdict(leg) for leg_id, leg in self._legs.items()},
             "verified": self._verified,
         }
@@ -299,6 +301,7 @@ class Server:
     async def _open_leg(self, frame: Frame) -> list[str]:
         """Open a leg; what was found stale on it, a line each."""
         leg_id = frame.body["leg"]
+        self._last_leg = max(self._last_leg, leg_id)
         orders = [DeviceOrder.from_message(message) for message in frame.body["devices"]]
 
         async def distrust() -> None:

@@ -62,7 +62,7 @@ class Numbers:
         return self._next - 1
 
     def skip(self, number: int) -> None:
-        """Somebody before us gave out ``number``, and those below it."""
+        """Somebody before us gave out ``number`` at most."""
         self._next = max(self._next, number + 1)
 
 
@@ -167,7 +167,6 @@ class Legs:
 
     def adopt(self, number: int, group: Group, found: Mapping[str, Any]) -> Leg:
         """Take over a leg that the domain server had before this manager came."""
-        self._numbers.skip(number)
         leg = Leg(group, number, copied=found["copied"])
         if found["fenced"]:
             self._leaving[number] = leg

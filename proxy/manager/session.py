@@ -149,6 +149,7 @@ class Session:
         domain = store.domain(name)
         self.machine = Failover(domain.record, operator_hold=domain.hold is not None)
         self.legs = Legs(link, settings, numbers)
+        self._numbers = numbers
         self.stuck = ""
         self._making = making
         self._labels = labels
@@ -267,6 +268,7 @@ class Session:
                 f"the store of domain {self.name} is older (generation {self.machine.record.generation}) than its "
                 f"running domain server ({hello['generation']}): end this manager and bring back the newer store"
             )
+        self._numbers.skip(hello["last_leg"])
         status = await self.link.call("status")
         lost: dict[str, Evidence] = {}
         for text, found in hello["legs"].items():

@@ -1,9 +1,12 @@
 """A domain server's commands, given over a real link; no devices and no clients."""
 
+from base64 import b64encode
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from uuid import UUID
 
+import pytest
 import trio
 import trio.testing
 
@@ -11,7 +14,10 @@ from proxy.domainserver.control import Server
 from proxy.domainserver.doors import Doors
 from proxy.engine import SimulatedEngine
 from proxy.errors import NBD_ERROR_BY_ERRNO
-from proxy.manager.link import Link
+from proxy.label import Label
+from proxy.manager.link import CommandError, Link
+
+LABEL = Label(UUID(int=1), UUID(int=2), "alpha", 0, 1, 1 << 20, 65536, 0).encode()
 
 
 @asynccontextmanager
@@ -34,3 +40,14 @@ def a_server(directory: Path) -> Server:
 async def test_close_leg_of_a_leg_that_is_gone_does_nothing(tmp_path: Path) -> None:
     async with a_manager(a_server(tmp_path)) as link:
         assert await link.call("close-leg", leg=3) is None
+
+
+async def test_hello_to_a_later_manager_tells_the_largest_number_that_a_leg_has_had(tmp_path: Path) -> None:
+    server = a_server(tmp_path)
+    async with a_manager(server) as link:
+        device = {"url": "memory:absent", "label": b64encode(LABEL).decode(), "ranges": []}
+        for number in (7, 5):
+            with pytest.raises(CommandError, match="no memory of that name"):
+                await link.call("open-leg", leg=number, group="alpha", devices=[device], timeout_s=1)
+    async with a_manager(server) as link:
+        assert (await link.call("hello"))["last_leg"] == 7
