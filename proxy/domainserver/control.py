@@ -33,9 +33,14 @@ _AGAINST = {EventKind.DEVICE_ERROR, EventKind.DEVICE_LOST, EventKind.DEADLINE_MI
 
 @dataclass(slots=True)
 class LegStatus:
-    """What a manager that comes later must know of a leg. ``against``: the first event that speaks so."""
+    """What a manager that comes later must know of a leg.
+
+    ``mapped``: some map has named it; else it was opened, and never used. ``against``: the first event that
+    speaks so.
+    """
 
     group: str
+    mapped: bool = False
     fenced: bool = False
     copy_began: float | None = None
     copied: bool = False
@@ -357,6 +362,8 @@ class Server:
         )
         self._generation = frame.body["generation"]
         self._maps.add(self._generation)
+        for leg_id, _ in legs:
+            self._legs[leg_id].mapped = True
         for leg in self._legs.values():
             # The engine reports anew what still is so, except a lost stream, which stays lost.
             if leg.against and leg.against["kind"] != EventKind.DEVICE_LOST.name:

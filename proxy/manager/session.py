@@ -271,13 +271,24 @@ class Session:
         self._numbers.skip(hello["last_leg"])
         status = await self.link.call("status")
         lost: dict[str, Evidence] = {}
+        present = set()
         for text, found in hello["legs"].items():
             leg = self.legs.adopt(int(text), groups[found["group"]], found)
             leg.copying = status["legs"][text]["copy"] is not None
             if found["drained"]:
                 await self.legs.drained(leg.number, found["unproven"])
-            if found["against"] and not found["fenced"]:
-                lost[leg.group.name] = evidence_of(leg, found["against"])
+            if found["fenced"]:
+                continue
+            if found["mapped"]:
+                present.add(leg.group.name)
+                if found["against"]:
+                    lost[leg.group.name] = evidence_of(leg, found["against"])
+            elif found["against"]:
+                await self.legs.discard(leg)
+            else:
+                # Opened by the manager before, which alone knew whether an old write can still land there.
+                leg.fresh_at = trio.current_time()
+                self.legs.suspect(leg.group)
         for record in self.machine.record.legs:
             if record.group not in self.legs.open:
                 self.legs.suspect(groups[record.group])  # how it was lost is not known to us
@@ -285,7 +296,7 @@ class Session:
         self._verifying = status["verify"] is not None
         if hello["verified"] is not None:
             await self._take_verified(hello["verified"])
-        await self._feed(Adopted(lost, frozenset(self.legs.open), hello["held"], hello["generation"]))
+        await self._feed(Adopted(lost, frozenset(present), hello["held"], hello["generation"]))
 
     def _groups(self) -> dict[str, Group]:
         return {group.name: group for group in self.store.groups()}
