@@ -216,7 +216,7 @@ cdef void dirty_check(Core *core) noexcept nogil:
     dirty_write(core)
     if dirty.round == ROUND_FOLDING:
         dirty_fold_done(core)
-    if dirty.round != ROUND_IDLE or core.held or core.now_ns < dirty.round_ns:
+    if dirty.round != ROUND_IDLE or not core.map.tracked or core.held or core.now_ns < dirty.round_ns:
         return
     dirty.round_ns = core.now_ns + ROUND_NS
     for i in range(REQUESTS_MAX):

@@ -419,3 +419,17 @@ def test_copy_keeps_to_its_rate_when_nobody_else_is_at_work() -> None:
     rig.pass_time(0.6)
     rig.run()
     assert rig.take_events(EventKind.COPIED)
+
+
+def test_round_over_a_map_without_marks_leaves_a_write_under_way_alone() -> None:
+    rig = Rig()
+    leg = rig.add_leg(1, [SIZE])
+    rig.open_bitmap(SIZE)
+    rig.engine.install(1, [(1, LegRole.ACTIVE)], [(0, SIZE, [leg.map])])
+    rig.engine.release()
+    client = rig.connect()
+    cookie = client.write(0, pattern(4096))
+    rig.pump()
+    rig.pass_time(ROUND_S)
+    rig.run()
+    assert client.replies[cookie].error == 0
