@@ -12,10 +12,11 @@ import trio.testing
 
 from proxy.domainserver.control import Server
 from proxy.domainserver.doors import Doors
-from proxy.engine import SimulatedEngine
+from proxy.engine import LegRole, SimulatedEngine
 from proxy.errors import NBD_ERROR_BY_ERRNO
 from proxy.label import Label
 from proxy.manager.link import CommandError, Link
+from tests.sim.rig import Rig
 
 LABEL = Label(UUID(int=1), UUID(int=2), "alpha", 0, 1, 1 << 20, 65536, 0).encode()
 
@@ -51,3 +52,23 @@ async def test_hello_to_a_later_manager_tells_the_largest_number_that_a_leg_has_
                 await link.call("open-leg", leg=number, group="alpha", devices=[device], timeout_s=1)
     async with a_manager(server) as link:
         assert (await link.call("hello"))["last_leg"] == 7
+
+
+async def test_verify_before_the_end_of_another_is_taken_in_is_refused(tmp_path: Path) -> None:
+    rig = Rig()
+    legs = [rig.add_leg(number, [65536]) for number in (1, 2)]
+    server = Server("vol", tmp_path, engine=rig.engine, doors=Doors(rig.engine, "vol"))
+    rig.engine.install(
+        1, [(1, LegRole.ACTIVE), (2, LegRole.BACKUP)], [(0, 65536, [leg.map for leg in legs])]
+    )
+    rig.engine.release()
+    async with a_manager(server) as link:
+        order = {"ranges": [(0, 0, 65536)], "rate": 0, "repair": False}
+        await link.call("verify", **order)
+        while (report := rig.engine.verify_report()) is None or report.running:
+            rig.engine.step()
+            for op in rig.engine.pending():
+                rig.engine.complete(op.number, op.length, bytes(op.length))
+        with pytest.raises(CommandError, match="is being verified already"):
+            await link.call("verify", **order)
+        await link.call("verify", **order)  # by now it is
