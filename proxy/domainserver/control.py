@@ -457,7 +457,9 @@ class Server:
         ranges = [(disk, offset, length) for disk, offset, length in body["ranges"]]
         try:
             if self._verify is not None:
-                raise OSError(EBUSY, "its end has not been taken in")  # and would be taken for the end of this one
+                raise OSError(
+                    EBUSY, "its end has not been taken in"
+                )  # and would be taken for the end of this one
             self.engine.verify(ranges, rate=body["rate"], repair=body["repair"])
         except OSError as error:
             if error.errno == EBUSY:

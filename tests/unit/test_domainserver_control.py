@@ -4,6 +4,7 @@ from base64 import b64encode
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -49,7 +50,15 @@ async def test_hello_to_a_later_manager_tells_the_largest_number_that_a_leg_has_
         device = {"url": "memory:absent", "label": b64encode(LABEL).decode(), "ranges": []}
         for number in (7, 5):
             with pytest.raises(CommandError, match="no memory of that name"):
-                await link.call("open-leg", leg=number, group="alpha", devices=[device], timeout_s=1)
+                await link.call(
+                    "open-leg",
+                    leg=number,
+                    group="alpha",
+                    uuid=str(UUID(int=2)),
+                    devices=[device],
+                    labels={"least": 0, "most": 0, "stale_welcome": False},
+                    timeout_s=1,
+                )
     async with a_manager(server) as link:
         assert (await link.call("hello"))["last_leg"] == 7
 
@@ -58,12 +67,10 @@ async def test_verify_before_the_end_of_another_is_taken_in_is_refused(tmp_path:
     rig = Rig()
     legs = [rig.add_leg(number, [65536]) for number in (1, 2)]
     server = Server("vol", tmp_path, engine=rig.engine, doors=Doors(rig.engine, "vol"))
-    rig.engine.install(
-        1, [(1, LegRole.ACTIVE), (2, LegRole.BACKUP)], [(0, 65536, [leg.map for leg in legs])]
-    )
+    rig.engine.install(1, [(1, LegRole.ACTIVE), (2, LegRole.BACKUP)], [(0, 65536, [leg.map for leg in legs])])
     rig.engine.release()
     async with a_manager(server) as link:
-        order = {"ranges": [(0, 0, 65536)], "rate": 0, "repair": False}
+        order: dict[str, Any] = {"ranges": [(0, 0, 65536)], "rate": 0, "repair": False}
         await link.call("verify", **order)
         while (report := rig.engine.verify_report()) is None or report.running:
             rig.engine.step()

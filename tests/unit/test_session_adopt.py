@@ -10,6 +10,7 @@ import trio.testing
 
 from proxy.extentmap import Run
 from proxy.failover import EvidenceKind, LegRecord, Phase, Record
+from proxy.manager.labels import Labels
 from proxy.manager.legs import Numbers
 from proxy.manager.link import Link
 from proxy.manager.session import Item, Session
@@ -33,7 +34,7 @@ class ScriptedLink:
         if operation == "hello":
             return self._hello
         if operation == "status":
-            return {"legs": {number: {"copy": None} for number in self._hello["legs"]}}
+            return {"legs": {number: {"copy": None} for number in self._hello["legs"]}, "verify": None}
         return 1
 
 
@@ -56,17 +57,20 @@ def found(**differences: Any) -> dict[str, Any]:
 
 async def adopted(leg: dict[str, Any], nursery: trio.Nursery) -> Session:
     """A session that has adopted a server which holds and has this leg open as number 9."""
-    hello = {"generation": 4, "held": True, "last_leg": 9, "legs": {"9": leg}}
+    hello = {"generation": 4, "held": True, "last_leg": 9, "verified": None, "legs": {"9": leg}}
     post, queue = trio.open_memory_channel[Item](math.inf)
+    store = a_store()
     session = Session(
         "vol",
-        store=a_store(),
+        store=store,
         settings=Settings(),
         link=cast(Link, ScriptedLink(hello)),
         nursery=nursery,
         post=post,
         queue=queue,
         numbers=Numbers(),
+        labels=Labels(store),
+        bitmap=Path("bitmap"),
         making=set(),
         changed=lambda: None,
     )
