@@ -322,20 +322,29 @@ class Rig:
         self.engine.install(self.generation, roles, rows, tracking=tracking)
         return self.generation
 
-    def open_bitmap(self, size: int) -> None:
-        """Give the engine the bitmap of a domain of this size; the leg of id ``n`` has plane ``n``."""
-        legs = [LegContent(UUID(int=number), True) for number in (1, 2, 3, 4)]
-        fresh = renewed(None, UUID(int=7), size, 1, legs, clean=True)
-        self._domain = fresh = replace(
-            fresh, region_shift=16, planes=(bytes(plane_size(size, 16)),) * len(fresh.planes)
-        )
+    def open_bitmap(self, size: int, content: DirtyMap | None = None) -> None:
+        """Give the engine the bitmap of a domain of this size; the leg of id ``n`` has plane ``n``.
+
+        ``content`` is what its file begins with: by default regions of 64 KiB, and nothing marked.
+        """
+        if content is None:
+            legs = [LegContent(UUID(int=number), True) for number in (1, 2, 3, 4)]
+            fresh = renewed(None, UUID(int=7), size, 1, legs, clean=True)
+            content = replace(
+                fresh, region_shift=16, planes=(bytes(plane_size(size, 16)),) * len(fresh.planes)
+            )
+        self._domain = fresh = content
         data = fresh.encode()
         medium = Medium(len(data))
         medium.write(0, data, durable=True)
         descriptor = new_descriptor()
         self.bitmap = self.files[descriptor] = FileDevice(descriptor, medium)
         self.engine.open_bitmap(
-            descriptor, shift=16, regions=fresh.regions, identity=fresh.identity, planes=fresh.planes
+            descriptor,
+            shift=fresh.region_shift,
+            regions=fresh.regions,
+            identity=fresh.identity,
+            planes=fresh.planes,
         )
 
     def bitmap_ops(self) -> list[PendingOp]:

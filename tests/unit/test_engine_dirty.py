@@ -121,6 +121,19 @@ def test_domain_of_one_leg_marks_nothing() -> None:
     assert device_writes_without_bitmap(rig) == 1
 
 
+def test_domain_of_one_leg_outlives_a_round_while_it_is_written_to() -> None:
+    rig = Rig()
+    rig.add_leg(1, (SIZE,))
+    rig.install(1)  # before there is a bitmap: without tracking
+    rig.open_bitmap(SIZE)
+    rig.engine.release()
+    client = rig.connect()
+    cookie = client.write(0, pattern(4096, 5))
+    rig.pass_time(ROUND_S)
+    rig.run()
+    assert client.error(cookie) == 0
+
+
 def device_writes_without_bitmap(rig: Rig) -> int:
     return len(rig.file_ops(kind=OpKind.WRITE))
 
@@ -340,6 +353,47 @@ def test_two_disks_are_copied_where_they_are_marked() -> None:
     assert rig.engine.copy_progress(2) == (0, 2 * REGION)
     rig.run()
     assert rig.legs[2].read(0, SIZE) == rig.legs[1].read(0, SIZE)
+
+
+def test_mark_is_cleared_only_after_a_leg_that_came_back_has_it_in_its_plane() -> None:
+    rig, client = rig_of(1, away=(2,))
+    write_all(rig, client, 5 * REGION, pattern(4096, 5))
+    write_all(rig, client, 9 * REGION, pattern(4096, 5))
+    client.write(12 * REGION, pattern(4096, 6))
+    rig.pump()  # the bitmap's disk is slow with this mark
+    old = rig.legs[2]
+    rig.engine.close_leg(2)
+    rig.pump()
+    rig.add_leg(2, (SIZE // 2, SIZE // 2)).fill(old.read(0, SIZE))
+    rig.install(1, (2, SYNCING))
+    for _ in range(4):
+        rig.pass_time(ROUND_S)
+        for op in rig.file_ops(kind=OpKind.SYNC):
+            rig.carry_out(op)
+        rig.pump()
+    while rig.bitmap_ops():
+        rig.carry_out(rig.bitmap_ops()[0])
+        assert rig.marked(0) | rig.marked(2) >= {5, 9}
+        rig.pump()
+
+
+def test_what_a_returned_active_leg_may_have_lost_is_among_what_a_copied_leg_lacks() -> None:
+    rig, client = rig_of(1, 2)
+    lose(rig, 2, 1)
+    bring_back(rig, 2, 1)
+    rig.engine.copy_leg(2, [(0, 0, SIZE)])
+    rig.run()
+    before = rig.legs[1].read(0, SIZE)
+    write_all(rig, client, 5 * REGION, pattern(4096, 5))  # on both legs, and not flushed
+    rig.engine.hold()
+    rig.engine.close_leg(1)
+    rig.pump()
+    rig.add_leg(4, (SIZE // 2, SIZE // 2)).fill(before)  # leg 1 again, whose power was cut
+    rig.install(4, (2, SYNCING))
+    rig.engine.release()
+    rig.run()
+    pass_rounds(rig, 3)
+    assert rig.marked(0) | rig.marked(2) >= {5}
 
 
 # --- The bitmap's own disk --------------------------------------------------------------------------
