@@ -20,7 +20,8 @@ The header::
       48      8   size of the domain in bytes
       56      8   session: counts the domain servers that had the domain
       64    4*16  uuid of the group whose leg has plane 1, 2, 3, 4; zero: nobody
-     128    384   zero
+     128      4   1: the store knows of the session; before that nothing is written under it
+     132    380   zero
 
 Every other sector::
 
@@ -53,7 +54,7 @@ VERSION = 1
 _MAGIC = b"STFDIRTY"
 _SECTOR_HEAD = struct.Struct("<II8s")
 _SECTOR_BYTES = SECTOR - _SECTOR_HEAD.size
-_HEADER = struct.Struct("<8sII16sQQ64s")
+_HEADER = struct.Struct("<8sII16sQQ64sI")
 _NOBODY = bytes(16)
 
 #: Of a region's size, as a power of 2, unless told otherwise: ``bench bitmap`` shows what is traded.
@@ -73,7 +74,7 @@ class DirtyMap:
     """What the file holds.
 
     ``size`` of the domain is in bytes; ``groups[i]`` has plane ``i + 1``; every plane has
-    ``plane_size(size, region_shift)`` bytes.
+    ``plane_size(size, region_shift)`` bytes. ``is_recorded``: the store knows of the session.
     """
 
     domain: UUID
@@ -82,6 +83,7 @@ class DirtyMap:
     session: int
     groups: tuple[UUID | None, ...]
     planes: tuple[bytes, ...]
+    is_recorded: bool = False
 
     @property
     def regions(self) -> int:
@@ -108,7 +110,14 @@ class DirtyMap:
             0,
             self.domain,
             _HEADER.pack(
-                _MAGIC, VERSION, self.region_shift, self.domain.bytes, self.size, self.session, uuids
+                _MAGIC,
+                VERSION,
+                self.region_shift,
+                self.domain.bytes,
+                self.size,
+                self.session,
+                uuids,
+                self.is_recorded,
             ),
         )
 
@@ -132,7 +141,7 @@ class DirtyMap:
             DirtyMapError: it is damaged, of another domain, or of a version not known here.
         """
         body = _body(data, 0)
-        magic, version, shift, uuid, found_size, session, groups = _HEADER.unpack_from(body)
+        magic, version, shift, uuid, found_size, session, groups, is_recorded = _HEADER.unpack_from(body)
         if magic != _MAGIC:
             raise DirtyMapError(f"it begins with {magic!r} instead of {_MAGIC!r}")
         if version != VERSION:
@@ -149,7 +158,7 @@ class DirtyMap:
             planes.append(b"".join(_body(data, number) for number in range(first, first + count)))
         uuids = [groups[at : at + 16] for at in range(0, len(groups), 16)]
         found = tuple(None if one == _NOBODY else UUID(bytes=one) for one in uuids)
-        return cls(domain, size, shift, session, found, tuple(planes))
+        return cls(domain, size, shift, session, found, tuple(planes), bool(is_recorded))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,6 @@
 """The dirty bitmap's file: renewed at the start of each session, then the engine's."""
 
+import errno
 import os
 from collections.abc import Collection, Sequence
 from contextlib import suppress
@@ -81,29 +82,40 @@ class Bitmap:
     named: tuple[UUID | None, ...]
 
     async def assign(self, engine: Engine, groups: Collection[UUID]) -> None:
-        """Have a plane for each of ``groups`` and for nobody else; who is new lacks everything.
+        """Have a plane for each of ``groups``, which the store knows of; who is new lacks everything.
 
         Raises:
-            OSError: the header cannot be written; nothing has changed.
+            OSError: the header has to be written and cannot be; nothing has changed.
         """
         kept = tuple(group if group in groups else None for group in self.named)
-        if kept != self.named:
-            header = replace(self.content, groups=kept).header()
-            await self.disk.overwrite(self.path, header)
-            self.named = kept
-        assigned: list[UUID | None] = [one if one in groups else None for one in self.content.groups]
+        if not self.content.is_recorded:
+            await self._name(kept, is_recorded=True)
+        elif kept != self.named:
+            # A plane that cannot be freed is not given to anybody else: that is all there is to it.
+            with suppress(OSError):
+                await self._name(kept, is_recorded=True)
+        used = {*groups, *(one for one in self.named if one is not None)}
+        assigned: list[UUID | None] = [one if one in used else None for one in self.content.groups]
         for group in groups:
             if group not in assigned:
+                if None not in assigned:
+                    raise OSError(errno.ENOSPC, "no plane is free: one that was given up could not be freed")
                 plane = assigned.index(None)
                 assigned[plane] = group
                 engine.fill_plane(plane + 1)
         self.content = replace(self.content, groups=tuple(assigned))
 
+    async def _name(self, named: tuple[UUID | None, ...], *, is_recorded: bool) -> None:
+        """Write the header anew."""
+        fresh = replace(self.content, groups=named, is_recorded=is_recorded)
+        await self.disk.overwrite(self.path, fresh.header())
+        self.named = named
+        self.content = replace(self.content, is_recorded=is_recorded)
+
     async def distrust(self, engine: Engine, group: UUID) -> None:
         """Take a group to lack everything, durably. Raises OSError, and then nothing has changed."""
         named = tuple(None if one == group else one for one in self.named)
-        await self.disk.overwrite(self.path, replace(self.content, groups=named).header())
-        self.named = named
+        await self._name(named, is_recorded=self.content.is_recorded)
         plane = self.content.plane_of(group)
         if plane is not None:
             engine.fill_plane(plane)
@@ -167,8 +179,8 @@ async def _load(disk: Disk, path: Path, domain: UUID, size: int, session: int) -
         found = DirtyMap.decode(data, domain=domain, size=size)
     except DirtyMapError as error:
         return None, f"{path}: {error}"
-    # A session writes its number here first and then into the store.
-    if found.session not in (session, session + 1):
+    # A session writes its number here first, then into the store, and then here that the store has it.
+    if found.session != session and (found.session != session + 1 or found.is_recorded):
         return None, (
             f"{path} is of session {found.session} and the store of session {session}: one of them is older than "
             "the other"

@@ -851,7 +851,8 @@ cdef class Engine:
         cdef Counters s = core.counters
         return Statistics(
             s.reads, s.writes, s.flushes, s.trims, s.zeroes, s.read_bytes, s.written_bytes, s.errors, s.refused,
-            s.waited, s.parked, s.replayed, s.late, core.connection_count, core.running, core.held,
+            s.waited, s.parked, s.replayed, s.late, core.connection_count,
+            core.running + core.parked.count + core.cramped.count, core.held,
             core.map.generation if core.map != NULL else 0, core.arena.used_bytes, s.read_repairs)
 
     def device_statistics(self, int64_t leg_id):

@@ -128,6 +128,7 @@ cdef void copier_pump(Core *core, Copier *copier) noexcept nogil:
         request.disk = copier.ranges[copier.range_index].disk
         request.offset = copier.ranges[copier.range_index].offset + copier.range_offset
         request.length = length
+        copier_note(core, copier, request)
         copier.range_offset += length
         copier.unflushed += length
         copier.in_flight += 1
@@ -157,8 +158,6 @@ cdef void copier_done(Core *core, Request *request) noexcept nogil:
     copier.in_flight -= 1
     if request.error == 0:
         copier.copied += request.length
-        if request.kind == COPY and not copier.error:
-            copier_note(core, copier, request)
     elif request.error != ESHUTDOWN and not copier.error:  # ESHUTDOWN: the disk is gone, and its bytes with it
         copier.error = request.error
     if request.kind == FLUSH and not copier.error:
@@ -168,7 +167,7 @@ cdef void copier_done(Core *core, Request *request) noexcept nogil:
     request_free(core, request)
 
 cdef void copier_note(Core *core, Copier *copier, Request *request) noexcept nogil:
-    """Remember the regions that lie within a step: once flushed, the leg lacks them no more."""
+    """Remember the regions that steps cover, one step or several: once all is flushed, the leg lacks them no more."""
     cdef Dirty *dirty = &core.dirty
     cdef uint32_t plane = dirty_plane(core, copier.leg)
     cdef uint32_t hint = 0
@@ -177,13 +176,15 @@ cdef void copier_note(Core *core, Copier *copier, Request *request) noexcept nog
     if not plane or disk == NULL or request.offset + request.length > disk.allotted:
         return
     index = extent_find(&disk.domain, request.offset)
-    if request.offset + request.length > disk.domain.offsets[index + 1]:
-        return
     position = disk.domain.device_offsets[index] + (request.offset - disk.domain.offsets[index])
-    region = (position + (<uint64_t>1 << dirty.shift) - 1) >> dirty.shift
-    while (region + 1) << dirty.shift <= position + request.length:
+    if position != copier.run_end:
+        copier.run_begin = position
+    copier.run_end = position + request.length
+    region = (copier.run_begin + (<uint64_t>1 << dirty.shift) - 1) >> dirty.shift
+    while (region + 1) << dirty.shift <= copier.run_end:
         bit_set(dirty.copied[plane], region)
         region += 1
+        copier.run_begin = region << dirty.shift
 
 cdef void copier_checkpoint(Core *core, Copier *copier) noexcept nogil:
     """All it has copied is durable: take that off what the leg lacks. When that was all, it is done."""

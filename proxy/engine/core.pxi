@@ -369,6 +369,8 @@ cdef struct Copier:
     uint64_t copied
     uint64_t total
     uint64_t unflushed         # of what is copied
+    uint64_t run_begin         # bytes of the domain that the last steps cover without a gap
+    uint64_t run_end
     uint64_t next_ns           # no step before
     bint flushing
     int32_t error              # why it gave up; 0 while it goes on

@@ -114,11 +114,14 @@ cdef void dirty_resume(Core *core) noexcept nogil:
 # --- The disk ------------------------------------------------------------------------------------
 
 cdef bint dirty_pick(Core *core) noexcept nogil:
-    """Choose the sectors to write next: those that somebody waits for first. False: all is on the disk."""
+    """Choose the sectors to write next: every other time those that writers wait for. False: all is on the disk."""
     cdef Dirty *dirty = &core.dirty
-    cdef uint32_t plane
+    cdef uint32_t plane, turn
     cdef uint64_t i, sector
-    for plane in range(PLANES):
+    # After the intent somebody else has a turn, or with new marks all the time none would ever be cleared.
+    turn = 1 if dirty.plane == INTENT else INTENT
+    for plane in range(turn, turn + PLANES):
+        plane %= PLANES
         if not dirty.stale_count[plane]:
             continue
         for i in range(dirty.sectors):
@@ -181,9 +184,8 @@ cdef void dirty_written(Core *core, Op *op) noexcept nogil:
     if op.result != <int64_t>op.length:
         for i in range(dirty.sector_count):
             dirty_stale(dirty, dirty.plane, first + i * SECTOR_WORDS)
-        if op.result != -EINTR and op.result != -EAGAIN:
-            dirty.retry_ns = core.now_ns + DIRTY_RETRY_NS
-            dirty_failed(core, <int32_t>-op.result if op.result < 0 else ENOSPC)
+        dirty.retry_ns = core.now_ns + DIRTY_RETRY_NS
+        dirty_failed(core, <int32_t>-op.result if op.result < 0 else ENOSPC)
         dirty_write(core)
         return
     if dirty.failed:
@@ -267,8 +269,7 @@ cdef void dirty_fold_done(Core *core) noexcept nogil:
         dirty.round = ROUND_IDLE  # some leg may have gone away that has not taken them over
         return
     for plane in range(1, PLANES):
-        if core.map.away & (1 << plane) and (
-                dirty.stale_count[plane] or (dirty.writing and dirty.plane == plane)):
+        if dirty.stale_count[plane] or (dirty.writing and dirty.plane == plane):
             return
     dirty.round = ROUND_IDLE
     for word in range(dirty.words):
@@ -281,9 +282,13 @@ cdef void dirty_fold_done(Core *core) noexcept nogil:
 # --- Legs ----------------------------------------------------------------------------------------
 
 cdef void dirty_install(Core *core, Map *before, Map *map) noexcept nogil:
-    """A new map: who has come back lacks what is marked; who is up to date lacks nothing."""
+    """A new map: who has come back lacks what is marked; who is up to date lacks nothing.
+
+    And when the active leg has come back, whoever is being copied to may have what that leg has lost of the
+    marked regions, such as what it had answered and not flushed: copied or not, they are copied again.
+    """
     cdef Dirty *dirty = &core.dirty
-    cdef uint32_t i, plane
+    cdef uint32_t i, k, plane
     cdef uint64_t word
     if not dirty.open:
         return
@@ -294,10 +299,23 @@ cdef void dirty_install(Core *core, Map *before, Map *map) noexcept nogil:
         if map.roles[i] != ROLE_SYNCING:
             for word in range(dirty.words):
                 dirty_put(dirty, plane, word, 0)
-        elif before == NULL or not map_syncs(before, map.legs[i]):
+        elif before == NULL or not map_syncs(before, map.legs[i]) or not map_has(before, map.legs[map.active]):
             for word in range(dirty.words):
                 dirty_put(dirty, plane, word, dirty.planes[plane][word] | dirty.planes[INTENT][word])
+                dirty.copied[plane][word] &= ~dirty.planes[INTENT][word]
+            for k in range(LEG_SLOTS):
+                if core.copiers[k].in_use and core.copiers[k].leg == map.legs[i]:
+                    core.copiers[k].range_index = 0
+                    core.copiers[k].range_offset = 0
+                    core.copiers[k].run_begin = core.copiers[k].run_end = 0
     dirty_write(core)
+
+cdef inline bint map_has(Map *map, Leg *leg) noexcept nogil:
+    cdef uint32_t i
+    for i in range(map.leg_count):
+        if map.legs[i] == leg:
+            return True
+    return False
 
 cdef inline bint map_syncs(Map *map, Leg *leg) noexcept nogil:
     cdef uint32_t i

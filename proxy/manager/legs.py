@@ -167,7 +167,8 @@ class Legs:
 
     def adopt(self, number: int, group: Group, found: Mapping[str, Any]) -> Leg:
         """Take over a leg that the domain server had before this manager came."""
-        leg = Leg(group, number, copied=found["copied"])
+        # That a copy has ended was for the manager before to hear: by now it may be no copy any more.
+        leg = Leg(group, number)
         if found["fenced"]:
             self._leaving[number] = leg
         else:

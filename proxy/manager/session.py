@@ -684,6 +684,10 @@ class Session:
                     await self.legs.discard(leg)
             elif self.legs.trusted(leg):
                 leg.fresh_at = None
+                if group == self.machine.record.active:
+                    # What it had not flushed it may have lost: a copy of before is no copy of what it is now.
+                    for other in self.legs.open.values():
+                        other.copied = False
                 await self._feed(LegReturned(group))
                 return
 

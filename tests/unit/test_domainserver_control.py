@@ -79,3 +79,19 @@ async def test_verify_before_the_end_of_another_is_taken_in_is_refused(tmp_path:
         with pytest.raises(CommandError, match="is being verified already"):
             await link.call("verify", **order)
         await link.call("verify", **order)  # by now it is
+
+
+async def test_stop_with_a_write_that_some_leg_has_not_is_not_clean(tmp_path: Path) -> None:
+    rig = Rig()
+    for number in (1, 2):
+        rig.add_leg(number, [65536])
+    server = Server("vol", tmp_path, engine=rig.engine, doors=Doors(rig.engine, "vol"))
+    client = rig.start(1, 2)
+    server._held, server._generation = False, 1
+    client.write(0, bytes(range(1, 5)) * 1024)
+    rig.pump()
+    rig.carry_out_all(1)
+    rig.fail(rig.op(2))
+    rig.pump()
+    await server.stop()
+    assert not server.clean

@@ -332,6 +332,21 @@ def test_copy_that_is_cut_short_leaves_what_was_not_flushed_among_what_the_leg_l
     assert rig.marked(2) | rig.marked(0) >= {1, 5, 11}
 
 
+def test_copy_in_steps_smaller_than_a_region_keeps_its_progress() -> None:
+    rig, client = rig_of(1, 2)
+    lose(rig, 2, 1)
+    for region in (1, 5, 11):
+        write_all(rig, client, region * REGION, pattern(4096, 5))
+    bring_back(rig, 2, 1)
+    step = REGION // 4
+    rig.engine.copy_leg(2, [(0, offset, step) for offset in range(0, 12 * REGION - step, step)])
+    rig.run()
+    rig.engine.copy_leg(2, [(0, 0, SIZE)])
+    rig.run()
+    assert rig.marked(2) == set()
+    assert rig.legs[2].read(0, SIZE) == rig.legs[1].read(0, SIZE)
+
+
 def test_leg_of_which_nothing_is_known_is_given_everything() -> None:
     rig, _ = rig_of(1, away=(2,))
     rig.engine.fill_plane(2)
