@@ -213,6 +213,21 @@ cdef void copiers_check(Core *core) noexcept nogil:
     for i in range(LEG_SLOTS):
         if core.copiers[i].in_use and not core.copiers[i].error and not leg_is_syncing(core, core.copiers[i].leg):
             core.copiers[i].error = ECANCELED
+            copier_withdraw(core, &core.copiers[i], &core.held_requests)
+            copier_withdraw(core, &core.copiers[i], &core.waiting)
+            copier_withdraw(core, &core.copiers[i], &core.parked)
+            copier_withdraw(core, &core.copiers[i], &core.cramped)
+
+cdef void copier_withdraw(Core *core, Copier *copier, RequestList *requests) noexcept nogil:
+    """End steps that only wait: a domain may be held until its legs' slots are free, and these keep one."""
+    cdef Request *request = requests.head
+    cdef Request *after
+    while request != NULL:
+        after = request.next
+        if request.copier == copier:
+            list_remove(requests, request)
+            finish(core, request, ECANCELED)
+        request = after
 
 cdef uint64_t copiers_pause(Core *core) noexcept nogil:
     """How long until a copy that waits for its time may go on."""
@@ -226,8 +241,6 @@ cdef uint64_t copiers_pause(Core *core) noexcept nogil:
 
 cdef void copiers_pump(Core *core) noexcept nogil:
     cdef uint32_t i
-    if core.held:
-        return
     for i in range(LEG_SLOTS):
-        if core.copiers[i].in_use:
+        if core.copiers[i].in_use and (not core.held or core.copiers[i].error):
             copier_pump(core, &core.copiers[i])

@@ -265,6 +265,20 @@ def test_copy_that_is_over_does_not_outlive_its_leg() -> None:
     assert rig.legs[7].read(0, 64 * KIB) == pattern(64 * KIB)
 
 
+def test_copy_that_waits_while_its_domain_is_held_does_not_outlive_its_leg() -> None:
+    rig = rig_to_copy()
+    rig.engine.copy_leg(2, [(0, 0, 64 * KIB)])
+    rig.pump()
+    rig.engine.hold()
+    rig.fail(rig.op(1, 0, OpKind.READ))
+    rig.carry_out_all(1)
+    rig.install(1)
+    rig.engine.fence_leg(2)
+    rig.engine.close_leg(2)
+    rig.pump()
+    assert [event.leg for event in rig.take_events(EventKind.LEG_FORGOTTEN)] == [2]
+
+
 @pytest.mark.parametrize("leg", [1, 3])
 def test_copy_to_a_leg_that_is_not_syncing_is_refused(leg: int) -> None:
     rig = rig_to_copy()
