@@ -127,7 +127,11 @@ class Legs:
                     labels=labels.allowed,
                     timeout_s=self._settings.deadline_ms / 1000,
                 )
-                labels.written()
+                try:
+                    labels.written()
+                except StoreError:
+                    await self._link.call("close-leg", leg=leg.number)  # nobody else knows that it is open
+                    raise
             if patience.cancelled_caught:
                 await self._link.call("close-leg", leg=leg.number)
                 detail = f"could not be opened within {OPEN_TIMEOUT_S} s"
