@@ -139,6 +139,21 @@ async def _fail_over(made: Site) -> None:
     await wait_rest(made, DOMAIN)
 
 
+async def _lose_beta(made: Site) -> None:
+    """Let the domain be started without its backup, which is there again afterwards."""
+    image, away = made.images / "beta1", made.images / "away"
+    await made.order("POST", f"/domains/{DOMAIN}/stop?force=true")
+    image.rename(away)
+    await made.order("POST", f"/domains/{DOMAIN}/start")
+    away.rename(image)
+    await wait_rest(made, DOMAIN)
+
+
+async def _fail_back(made: Site) -> None:
+    await made.order("POST", f"/domains/{DOMAIN}/failback")
+    await wait_rest(made, DOMAIN)
+
+
 async def _resync(made: Site) -> None:
     await made.order("POST", f"/domains/{DOMAIN}/resync")
     await made.wait(DOMAIN, lambda shown: shown["state"] == "online")
@@ -159,5 +174,6 @@ OPERATIONS = _operations(
     Operation("disk-resize", _create_disk, _resize_disk, _resize_disk),
     Operation("disk-remove", _create_disk, _remove_disk, _remove_disk),
     Operation("failover", _nothing, _fail_over, _fail_over),
-    Operation("resync", _fail_over, _resync, _resync),
+    Operation("failback", _fail_over, _fail_back, _fail_back),
+    Operation("resync", _lose_beta, _resync, _resync),
 )
