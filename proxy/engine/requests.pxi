@@ -474,13 +474,18 @@ cdef void leave(Core *core, Request *request) noexcept nogil:
 
 cdef void park(Core *core, Request *request) noexcept nogil:
     """Keep a request that a leg failed until the next map. Its claim stays."""
+    cdef bint is_next = request.map != core.map
     leave(core, request)
     if sf_mutant(PARKED_UNCLAIMED):
         unclaim(core, request)
     request.state = PARKED
     mark_replayed(core, request)
     core.counters.parked += 1
-    list_push(&core.parked, request)
+    if is_next and not core.held:
+        # A flush of our own that began while the domain held: the release that it would wait for has been.
+        list_push(&core.cramped, request)
+    else:
+        list_push(&core.parked, request)
 
 cdef void finish(Core *core, Request *request, int32_t error) noexcept nogil:
     if request.state == RUNNING:

@@ -270,3 +270,21 @@ def test_flush_of_our_own_is_done_while_clients_are_held_and_theirs_waits() -> N
     rig.engine.release()
     rig.run()
     assert client.error(theirs) == 0
+
+
+def test_flush_of_our_own_that_a_lost_leg_fails_after_the_release_is_done_again() -> None:
+    rig = Rig()
+    rig.add_leg(1)
+    rig.add_leg(2)
+    rig.start(1, 2)
+    rig.engine.hold()
+    rig.engine.fence_leg(2)
+    token = rig.engine.submit(RequestKind.FLUSH)
+    rig.pump()
+    late = rig.op(1, kind=OpKind.SYNC)
+    rig.install(1)
+    rig.engine.release()
+    rig.pump()
+    rig.carry_out(late)
+    rig.run()
+    assert [(event.a, event.code) for event in rig.take_events(EventKind.DONE)] == [(token, 0)]
