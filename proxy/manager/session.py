@@ -274,7 +274,8 @@ class Session:
         present = set()
         for text, found in hello["legs"].items():
             leg = self.legs.adopt(int(text), groups[found["group"]], found)
-            leg.copying = status["legs"][text]["copy"] is not None
+            # One that has gone since is told of next.
+            leg.copying = text in status["legs"] and status["legs"][text]["copy"] is not None
             if found["drained"]:
                 await self.legs.drained(leg.number, found["unproven"])
             if found["fenced"]:
@@ -1011,6 +1012,8 @@ class Session:
             RefusedError: it is not outdated, or the domain is held.
         """
         self.need_serving()
+        if group not in {leg.group for leg in self.machine.record.legs}:
+            raise RefusedError(f"group {group} is no leg of domain {self.name} any more")
         state = self.machine.record.leg(group).state
         if state is not LegState.OUTDATED:
             raise RefusedError(

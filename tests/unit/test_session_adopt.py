@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any, cast
 from uuid import UUID
 
+import pytest
 import trio
 import trio.testing
 
+from proxy.errors import RefusedError
 from proxy.extentmap import Run
 from proxy.failover import EvidenceKind, LegRecord, Phase, Record
 from proxy.manager.labels import Labels
@@ -55,9 +57,9 @@ def found(**differences: Any) -> dict[str, Any]:
     return plain | {"drained": False, "unproven": 0, "against": None} | differences
 
 
-async def adopted(leg: dict[str, Any], nursery: trio.Nursery) -> Session:
-    """A session that has adopted a server which holds and has this leg open as number 9."""
-    hello = {"generation": 4, "held": True, "last_leg": 9, "verified": None, "legs": {"9": leg}}
+async def adopted(leg: dict[str, Any], nursery: trio.Nursery, *, held: bool = True) -> Session:
+    """A session that has adopted a server which has this leg open as number 9, and perhaps holds."""
+    hello = {"generation": 4, "held": held, "last_leg": 9, "verified": None, "legs": {"9": leg}}
     post, queue = trio.open_memory_channel[Item](math.inf)
     store = a_store()
     session = Session(
@@ -101,3 +103,9 @@ async def test_adopt_of_a_leg_never_used_and_failed_lets_go_of_it(nursery: trio.
     session = await adopted(found(mapped=False, against=against), nursery)
     assert not session.legs.open
     assert "close-leg" in cast(ScriptedLink, session.link).calls
+
+
+async def test_resync_of_a_leg_that_has_left_since_it_was_ordered_is_refused(nursery: trio.Nursery) -> None:
+    session = await adopted(found(), nursery, held=False)
+    with pytest.raises(RefusedError, match="no leg"):
+        session.resync("beta")
