@@ -1,6 +1,7 @@
 """Simulated time: what is to happen, and when. The only source of order and of chance in a simulation."""
 
 import heapq
+import math
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -40,6 +41,16 @@ class Agenda:
         """Let the next thing happen."""
         self.now_ns, _, action = heapq.heappop(self._things)
         action()
+
+    @property
+    def next_ns(self) -> float:
+        """When the next thing happens; infinite when there is none."""
+        return self._things[0][0] if self._things else math.inf
+
+    def pass_until(self, time_ns: int) -> None:
+        """Let time pass in which nothing happens."""
+        assert time_ns <= self.next_ns
+        self.now_ns = max(self.now_ns, time_ns)
 
     def chance(self, probability: float) -> bool:
         """True so often."""

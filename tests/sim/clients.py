@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from proxy.engine import OpKind, PendingOp, SimulatedEngine
 from tests.sim.agenda import MICROSECOND_NS, Agenda
 from tests.sim.history import CELLS_PER_SECTOR, History, Kind, Operation
+from tests.sim.medium import SECTOR
 from tests.sim.wire import Command, Flag, Reply, ReplyReader, Request
 
 COMMANDS = {
@@ -198,11 +199,12 @@ class ClientStream:
 
 
 class Client:
-    """A client of one disk; it comes back whenever it has left or was cut off.
+    """A client of one disk at a time; it comes back, to any, whenever it has left or was cut off.
 
     Args:
         answered: called with each request and its reply.
         more: whether another request is wanted; asking counts as having made it.
+        think_ns: how long at most it waits before it asks again.
     """
 
     def __init__(
@@ -210,23 +212,26 @@ class Client:
         agenda: Agenda,
         history: History,
         workload: Workload,
-        disk: int,
         *,
         answered: Callable[[Operation, Reply], None],
         more: Callable[[], bool],
+        think_ns: Callable[[], int],
     ) -> None:
         self.agenda = agenda
         self.history = history
         self.workload = workload
-        self.disk = disk
+        self.disk = 0
         self.stream: ClientStream | None = None
         self._answered = answered
         self._more = more
-        self._cells = len(history.cells[disk])
+        self._think_ns = think_ns
+        self._cells = 0
 
-    def connected(self, stream: ClientStream) -> None:
-        """It has a connection, and begins to ask."""
+    def connected(self, stream: ClientStream, disk: int, size: int) -> None:
+        """It has a connection to a disk of ``size`` bytes, and begins to ask."""
         self.stream = stream
+        self.disk = disk
+        self._cells = size // SECTOR * CELLS_PER_SECTOR
         self.fill()
 
     def replied(self, stream: ClientStream, reply: Reply) -> None:
@@ -234,7 +239,7 @@ class Client:
         operation = stream.waiting.pop(reply.cookie, None)
         assert operation is not None, f"an answer to what was not asked: {reply.cookie}"
         self._answered(operation, reply)
-        self.agenda.soon(self.fill, self.workload.think_ns)
+        self.agenda.soon(self.fill, self._think_ns())
 
     def fill(self) -> None:
         """Ask, until as much is in flight as is wanted."""

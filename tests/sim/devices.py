@@ -18,6 +18,11 @@ from tests.sim.wire import Command, Flag, Reply, Request, RequestReader
 PUNCH_HOLE = 2
 ZERO_RANGE = 16
 
+#: How often what waits for a device looks again.
+LOOK_NS = 50 * MILLISECOND_NS
+#: How long after its connection is gone a server may still carry out a write: well below the quarantine.
+LATE_NS = 250 * MILLISECOND_NS
+
 GARBAGE = b"\xee" * (1 << 20)
 
 
@@ -54,6 +59,8 @@ class Job:
     data: Callable[[], bytes]
     durable: bool
     done: Callable[[int, bytes], None]
+    owner: "FileHandle | ServerStream"
+    power: int = 0  # of the device when it began: a loss of power ends it
     began_ns: int = 0
     killed: bool = False
     stuck_ns: int = 0  # it does not go on before
@@ -69,17 +76,28 @@ class Device:
         offset: where the domain's part of it begins.
     """
 
-    def __init__(self, name: str, agenda: Agenda, faults: Faults, *, size: int, remote: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        agenda: Agenda,
+        faults: Faults,
+        *,
+        size: int,
+        remote: bool,
+        offset: int,
+    ) -> None:
         random = agenda.random
         self.name = name
         self.agenda = agenda
         self.faults = faults
         self.remote = remote
-        self.offset = random.choice((0, 4096, 12288))
+        self.offset = offset
         self.medium = Medium(self.offset + size)
         self.block_size = random.choice((512, 512, 4096))
-        # The least makes of a long request more operations than it may have in flight.
-        self.transfer_max = random.choice((self.block_size, 4096, 16384, 1 << 20))
+        self.transfer_max = random.choice((4096, 16384, 65536, 1 << 20))
+        if agenda.chance(0.1):
+            # It makes of a long request more operations than may be in flight.
+            self.transfer_max = self.block_size
         self.can_flush = agenda.chance(0.9)
         self.can_fua = self.can_flush and agenda.chance(0.7)
         self.can_zero = agenda.chance(0.8)
@@ -87,6 +105,11 @@ class Device:
         self.can_zero_range = self.can_zero and agenda.chance(0.5)
         self.pace_ns = random.choice((30, 300, 3_000)) * MICROSECOND_NS
         self.streams: list[ServerStream] = []
+        self.lock: object = None  # who has it open and locked
+        self.size = self.offset + size
+        host, _, path = name.partition("/")
+        self.url = f"nbd://{host}/{path}" if remote else f"file:///{name}"
+        self._power = 0
         self._awake_ns = 0
         self._up_ns = 0
         self._well_ns = 0
@@ -100,18 +123,60 @@ class Device:
         return self.agenda.now_ns >= max(self._up_ns, self._awake_ns)
 
     @property
+    def is_stalled(self) -> bool:
+        """Whether whoever wants to open it waits."""
+        return self.agenda.now_ns < self._awake_ns
+
+    @property
     def is_quiet(self) -> bool:
         """Whether no write of the past can still land on it."""
         return not self._unlanded
 
+    @property
+    def is_locked(self) -> bool:
+        """Whether somebody has it locked; a lock outlives its process until its last write has landed."""
+        lock = self.lock
+        return lock is not None and not (
+            isinstance(lock, FileHandle) and lock.is_closed and not self.has_unlanded(lock)
+        )
+
+    def has_unlanded(self, owner: object) -> bool:
+        """Whether a write of this one can still land on it."""
+        return any(job.owner is owner for job in self._unlanded)
+
     def stall(self, duration_ns: int) -> None:
         """Stop for a while as a stopped process does: nothing lands, nothing is answered."""
+        self._end_orphans()
         self._awake_ns = max(self._awake_ns, self.agenda.now_ns + duration_ns)
 
     def go_down(self, duration_ns: int) -> None:
         """Be out of reach for a while: streams break, a file answers with errors."""
+        self._end_orphans()
         self._up_ns = max(self._up_ns, self.agenda.now_ns + duration_ns)
         self.break_streams()
+
+    def lose_power(self, duration_ns: int) -> None:
+        """Lose what is not durable, or part of it, and all that is under way; be back after a while."""
+        self.agenda.count("power losses")
+        self._power += 1
+        self.break_streams()
+        self.kill_unlanded()
+        self.medium.lose_power(lambda: self.agenda.chance(0.5))
+        self._awake_ns = 0
+        self._up_ns = self.agenda.now_ns + duration_ns
+
+    def _end_orphans(self) -> None:
+        """Have done with writes of connections that are gone.
+
+        A server that is well enough to be connected to has done with them within the quarantine. That is
+        what quarantine relies on, so no stall may come between.
+        """
+        for job in list(self._unlanded):
+            if self.remote and job.owner.is_dead:
+                if self.agenda.chance(0.5):
+                    self._land_piece(job, 0, job.length)
+                job.killed = True
+                del self._unlanded[job]
 
     def sicken(self, duration_ns: int) -> None:
         """Have a bad medium for a while: it answers, and many a write with an error."""
@@ -119,7 +184,7 @@ class Device:
 
     def break_streams(self) -> None:
         """Lose all connections; what they had asked for goes on, or dies with the server."""
-        kill = self.agenda.chance(0.5)
+        kill = self.agenda.chance(0.2)
         for stream in self.streams[:]:
             stream.break_off(self.agenda.random.choice((0, errno.ECONNRESET)))
         if kill and self.remote:
@@ -133,16 +198,16 @@ class Device:
             job.killed = True
         self._unlanded.clear()
 
-    def delay_unlanded(self) -> None:
-        """What has not landed may do so much later, when nobody thinks of it any more."""
-        # Long enough for the leg to be opened and wanted again meanwhile.
+    def delay_unlanded(self, owner: object = None) -> None:
+        """What has not landed (of this one) may do so much later, when nobody thinks of it any more."""
         for job in self._unlanded:
-            self.delay(job, 1000 * MILLISECOND_NS)
+            if owner is None or job.owner is owner:
+                self.delay(job)
 
-    def delay(self, job: Job, most_ns: int) -> None:
+    def delay(self, job: Job) -> None:
         """Have a job land later, perhaps."""
-        if self.agenda.chance(0.5):
-            job.stuck_ns = self.agenda.now_ns + self.agenda.random.randrange(most_ns)
+        if self.agenda.chance(0.7):
+            job.stuck_ns = self.agenda.now_ns + self.agenda.random.randrange(LATE_NS)
 
     def recover(self) -> None:
         """Be well from now on."""
@@ -168,6 +233,7 @@ class Device:
         """Take on a job."""
         random = self.agenda.random
         job.began_ns = self.agenda.now_ns
+        job.power = self._power
         if job.kind in (JobKind.WRITE, JobKind.ZERO):
             self._unlanded[job] = None
             if self.agenda.chance(self.faults.fatal):
@@ -203,11 +269,16 @@ class Device:
         ready_ns = max(self._awake_ns, not_before_ns)
         if self.agenda.now_ns >= ready_ns:
             return True
-        self.agenda.after(ready_ns - self.agenda.now_ns + 1, action)
+        # Not at once when that is: it may recover before.
+        self.agenda.after(min(ready_ns - self.agenda.now_ns + 1, LOOK_NS), action)
         return False
 
     def _land(self, job: Job, pieces: list[tuple[int, int]], error: int) -> None:
-        if job.killed or not self.when_awake(lambda: self._land(job, pieces, error), job.stuck_ns):
+        if (
+            job.killed
+            or job.power != self._power
+            or not self.when_awake(lambda: self._land(job, pieces, error), job.stuck_ns)
+        ):
             return
         if pieces:
             self._land_piece(job, *pieces[0])
@@ -231,7 +302,12 @@ class Device:
             job.read[begin:end] = self.medium.read(job.offset + begin, end - begin)
 
     def _answer(self, job: Job, error: int) -> None:
-        if not job.killed and not job.answered and self.when_awake(lambda: self._answer(job, error)):
+        if (
+            job.power == self._power
+            and not job.killed
+            and not job.answered
+            and self.when_awake(lambda: self._answer(job, error))
+        ):
             job.answered = True
             job.done(error, bytes(job.read))
 
@@ -246,12 +322,16 @@ class FileHandle:
 
     Attributes:
         is_fenced: whatever it reads from now on is of no meaning, and is made to show it.
+        is_dead: the engine's process is gone.
+        is_closed: the engine has closed it, or its process is gone.
     """
 
     def __init__(self, device: Device, engine: SimulatedEngine) -> None:
         self.device = device
         self.engine = engine
         self.is_fenced = False
+        self.is_dead = False
+        self.is_closed = False
         self._jobs: dict[int, Job] = {}
 
     def begin(self, op: PendingOp) -> None:
@@ -290,12 +370,17 @@ class FileHandle:
             self.engine.complete(op.number, -error if error else result, data)
 
         durable = kind is JobKind.WRITE and op.flags != 0
-        job = Job(kind, op.offset, length if kind is not JobKind.FLUSH else 0, data, durable, done)
+        job = Job(kind, op.offset, length if kind is not JobKind.FLUSH else 0, data, durable, done, self)
         self._jobs[op.number] = job
         device.begin(job)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether the engine has nothing under way here."""
+        return not self._jobs
+
     def _later(self, op: PendingOp, result: int) -> None:
-        job = Job(JobKind.FLUSH, 0, 0, bytes, False, lambda error, data: None)
+        job = Job(JobKind.FLUSH, 0, 0, bytes, False, lambda error, data: None, self)
         job.began_ns = self.device.agenda.now_ns
         self._jobs[op.number] = job
 
@@ -322,6 +407,7 @@ class FileHandle:
 
     def crash(self) -> None:
         """The engine's process is gone. The kernel has taken its memory along: what may still land has it."""
+        self.is_dead = self.is_closed = True
         kill = self.device.agenda.chance(0.5)
         for number, job in self._jobs.items():
             if job.kind is JobKind.WRITE:
@@ -332,7 +418,7 @@ class FileHandle:
                 job.killed = True
                 self.device._unlanded.pop(job, None)
             else:
-                self.device.delay(job, 300 * MILLISECOND_NS)
+                self.device.delay(job)
                 self.device.agenda.count("late after a crash")
 
 
@@ -385,11 +471,17 @@ class ServerStream:
         """Whether something but a flush has not been answered for so long."""
         return is_late(self._jobs, patience_ns, self._agenda)
 
+    @property
+    def is_dead(self) -> bool:
+        """Whether the connection is gone."""
+        return not self._alive
+
     def shut(self) -> None:
         """The engine has cut the stream. Part of what it was sending may be on its way already."""
         if self._alive:
             self._take_part_of_send()
             self._end()
+            self.device.delay_unlanded(self)
         self._fail_pending(0)
 
     def crash(self) -> None:
@@ -397,6 +489,7 @@ class ServerStream:
         if self._alive:
             self._take_part_of_send()
             self._end()
+            self.device.delay_unlanded(self)
         self._send = self._receive = None
 
     def break_off(self, error: int) -> None:
@@ -490,7 +583,7 @@ class ServerStream:
                 self._deliver()
 
         durable = bool(request.flags & Flag.FUA)
-        job = Job(kind, request.offset, request.length, lambda: request.payload, durable, done)
+        job = Job(kind, request.offset, request.length, lambda: request.payload, durable, done, self)
         if kind is JobKind.ZERO and not self.device.can_punch:
             done(errno.EOPNOTSUPP, b"")
             return

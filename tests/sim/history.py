@@ -21,6 +21,10 @@ not. ``check`` decides that by the *zones* of Gibbons and Korach:
 That is the whole of it for values that are written once. Zeroes are written by many, so they are held to the
 second rule as events, and a read of zeroes must find somebody who can have put them there.
 
+When all that holds what was written and not flushed has lost its power at once, that may be lost, as with any
+disk, and some of it kept. A new history begins then (``power_lost``), in which each cell holds first one value
+that no flush has covered over; which one, the first read tells.
+
 Two rules more: no sector is a mixture of two writes that both cover all of the mixed parts (no torn
 sectors), and no cell holds anything that nobody wrote.
 
@@ -135,11 +139,16 @@ class Cell:
     """The history of one cell.
 
     ``floor``: the latest beginning of a write that is certain: nothing that was over before may be there.
+    ``since``: when its history began, and ``first`` what it may have held then; ``zeroed`` when what had
+    zeroed it before was over.
     """
 
     writes: list[Operation] = field(default_factory=list)
     reads: list[Observation] = field(default_factory=list)
     floor: float = -1
+    since: float = -1
+    first: frozenset[int] = frozenset({ZEROES})
+    zeroed: float = -1
 
 
 class History:
@@ -165,6 +174,39 @@ class History:
         """A new moment, later than all before."""
         self.moment += 1
         return self.moment
+
+    # --- Disks and power --------------------------------------------------------------------------
+
+    def add_cells(self, disk: int, cells: int) -> None:
+        """A disk has so many cells more, which read as zeroes."""
+        self.cells.setdefault(disk, []).extend(Cell() for _ in range(cells))
+
+    def power_lost(self) -> None:
+        """All that was written and not flushed may be lost: a new history begins. Raises Violation."""
+        self.check()
+        self.tick()
+        for disk, cells in self.cells.items():
+            for place, cell in enumerate(cells):
+                self._begin_anew(disk, place, cell)
+        self._unflushed.clear()
+        for number in self._flush_covers:
+            self._flush_covers[number] = {}
+
+    def _begin_anew(self, disk: int, place: int, cell: Cell) -> None:
+        floor = self.flushed.get((disk, place), -1)
+        over = [write for write in cell.writes if write.settled != math.inf]
+        values = {write.number for write in over if write.kind is Kind.WRITE and write.settled >= floor}
+        values |= {value for value in cell.first if value and self.operations[value].settled >= floor}
+        zeroed = max([cell.zeroed, *(write.settled for write in over if write.value == ZEROES)])
+        # Before the first flush there may still be what was there at the very beginning.
+        if zeroed >= floor if floor >= 0 else ZEROES in cell.first or zeroed >= 0:
+            values.add(ZEROES)
+        cell.writes = [write for write in cell.writes if write.settled == math.inf]
+        cell.reads = []
+        cell.floor = floor
+        cell.since = self.moment
+        cell.first = frozenset(values)
+        cell.zeroed = zeroed
 
     # --- What happens -----------------------------------------------------------------------------
 
@@ -196,7 +238,8 @@ class History:
             values = self._values(operation, data)
             self._check_sectors(operation, values)
             for cell, value in zip(self._touched(operation), values, strict=True):
-                cell.reads.append(Observation(value, operation.asked, operation.settled))
+                if operation.asked >= cell.since:  # else it may have seen what was there before
+                    cell.reads.append(Observation(value, operation.asked, operation.settled))
         elif operation.kind in (Kind.WRITE, Kind.ZERO):
             for place, cell in enumerate(self._touched(operation), operation.first):
                 cell.floor = max(cell.floor, operation.asked)
@@ -252,10 +295,11 @@ class History:
         """Whether ``value`` is not older than a write that began at ``floor``."""
         if value != ZEROES:
             return self.operations[value].settled >= floor
-        if floor < 0:
-            return True
-        return any(
-            write.value == ZEROES and write.settled >= floor for write in self.cells[disk][cell].writes
+        found = self.cells[disk][cell]
+        return (
+            floor < 0
+            or found.zeroed >= floor
+            or any(write.value == ZEROES and write.settled >= floor for write in found.writes)
         )
 
     def shown(self, read: Operation, data: bytes) -> dict[tuple[int, int], float]:
@@ -346,7 +390,11 @@ class History:
             if read.value == ZEROES:
                 events.append(Zone(read.answered, read.asked, ZEROES))
                 continue
-            zone = zones[read.value]
+            zone = zones.get(read.value)
+            if zone is None:
+                if read.value not in cell.first:
+                    raise Violation(f"read after a flush had covered it: {self.operations[read.value]}")
+                zone = zones[read.value] = Zone(cell.since, cell.since, read.value)
             if self.operations[read.value].asked > read.answered:
                 raise Violation(f"read before it was written: {self.operations[read.value]}")
             zone.proved = min(zone.proved, read.answered)
@@ -366,7 +414,7 @@ class History:
                 ),
                 default=-1,
             )
-            if floor >= 0 and not any(
+            if (floor >= 0 or ZEROES not in cell.first) and not any(
                 write.value == ZEROES and write.settled >= floor and write.asked < read.answered
                 for write in cell.writes
             ):

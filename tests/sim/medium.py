@@ -1,5 +1,6 @@
 """What a simulated device stores: the content as written, and what of it is durable."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 SECTOR = 512
@@ -55,6 +56,16 @@ class Medium:
                 self.durable[sector * SECTOR : (sector + 1) * SECTOR] = data
             if self._versions.get(sector) == version:
                 del self._versions[sector]
+
+    def lose_power(self, keeps: Callable[[], bool]) -> None:
+        """Forget, sector by sector, what is not durable, unless it ``keeps`` that one after all."""
+        for sector in list(self._versions):
+            if keeps():
+                self.persist(Snapshot({sector: self._present(sector)}))
+            else:
+                begin, end = sector * SECTOR, (sector + 1) * SECTOR
+                self.content[begin:end] = self.durable[begin:end]
+        self._versions.clear()
 
     def _present(self, sector: int) -> tuple[int, bytes]:
         data = bytes(self.content[sector * SECTOR : (sector + 1) * SECTOR])

@@ -11,8 +11,7 @@ Those of the *machine* and of the *manager* are patches, applied in a process th
 To add one
     To the engine: a number in ``mutants.pxi``, the shortest condition that breaks the rule, in the place of the rule
     (it must not touch memory that is not its own: a crash proves nothing), and a line in ``ENGINE`` below.
-    To Python: a function that patches, and a line in ``_PATCHES``. The simulated manager is patched at its own
-    names, the machine at those that ship.
+    To Python: a function that patches what ships, and a line in ``_PATCHES``.
     Then hunt it. If it is not found, ask whether any client could ever tell, and if so, what the simulator does too
     rarely or does not look at.
 """
@@ -47,9 +46,9 @@ from proxy.failover import (
     Release,
     Started,
 )
+from proxy.manager.legs import Legs
 from proxy.model import LegState
 from tests.sim.history import Violation
-from tests.sim.manager import Manager
 from tests.sim.world import World
 
 STEPS = 150
@@ -189,7 +188,7 @@ def _reject_with_syncing_legs() -> None:
 
 
 def _trust_always() -> None:
-    _replace(Manager, "_trusted", lambda manager, leg: True)
+    _replace(Legs, "trusted", lambda legs, leg: True)
 
 
 #: Mutants of the machine and of the manager, by name: what they make untrue, and how to commit them.
