@@ -48,7 +48,7 @@ cdef void admit(Core *core, Request *request) noexcept nogil:
                          or request.kind == REPAIR or (request.kind == VERIFY and request.step.exclusive))
     # A flush of the control thread's own covers what is there: an operator's hold is made durable by one.
     if (core.held and (request.kind != FLUSH or not request.token or core.map == NULL)
-            and not sf_mutant(ADMITTED_WHILE_HELD)):
+            and not (sf_mutant(ADMITTED_WHILE_HELD) and core.map != NULL)):
         request.state = HELD
         mark_replayed(core, request)
         list_push(&core.held_requests, request)

@@ -764,17 +764,21 @@ class World:
             if leg.group not in states:
                 self.agenda.count("legs joined")
                 self.groups[leg.group].place(after.runs[leg.group], after.domain.size)
+            is_new = states.get(leg.group) is not leg.state
+            if leg.state is LegState.OUTDATED and is_new and self.agenda.chance(0.5):
+                # An operator who is quick wants it back while old writes can still land there.
+                self.agenda.soon(partial(self._order, "resync"), 100 * MILLISECOND_NS)
             if leg.state is not LegState.UPTODATE:
                 continue
             if fresh:
                 # What was in flight when the server before ended may be on some legs and not on others.
                 self._check_synced(leg.group, after.record.active)
-            if transition.is_planned or states.get(leg.group) is not leg.state:
+            if transition.is_planned or is_new:
                 occasion = f"{leg.group} was recorded up to date"
                 self._check_leg(leg.group, occasion, self.history.floors())
                 self._check_leg(leg.group, occasion, self.history.flushed, durable=True)
                 self._check_synced(leg.group, after.record.active)
-            if states.get(leg.group) is not leg.state:
+            if is_new:
                 self.agenda.count("resyncs")
                 self.groups[leg.group].has_lost_power = False
 
