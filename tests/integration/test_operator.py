@@ -8,6 +8,7 @@ import pytest
 import trio
 
 from backends import open_device
+from proxy.label import LABEL_SIZE
 from tests.integration.site import BLOCK, Site, Witness, site
 from tests.integration.test_failover import QUICK, answers, witnessed
 
@@ -19,7 +20,7 @@ pytestmark = pytest.mark.skipif(shutil.which("nbdkit") is None, reason="nbdkit i
 
 def images(made: Site) -> dict[str, bytes]:
     """All that is on the devices."""
-    return {path.name: path.read_bytes() for path in made.images.iterdir()}
+    return {path.name: path.read_bytes()[LABEL_SIZE:] for path in made.images.iterdir()}
 
 
 async def stands_still(made: Site, witness: Witness) -> None:
