@@ -21,7 +21,7 @@ cdef int32_t copier_start(Core *core, Leg *leg, uint32_t range_count) noexcept n
     copier.in_use = True
     copier.leg = leg
     copier.ranges = leg.copy_ranges
-    copier.range_count = range_count - sf_mutant(COPY_MISSES_RANGE)
+    copier.range_count = range_count - (1 if range_count and sf_mutant(COPY_MISSES_RANGE) else 0)
     copier.total = copier_rest(core, copier)
     i = dirty_plane(core, leg)
     if i:

@@ -80,6 +80,7 @@ class Chaos:
                 "processes",
                 "crashes",
                 "orders",
+                "verifies",
                 "store",
                 "hangs",
                 "medium",
@@ -98,8 +99,10 @@ class Chaos:
         elif theme == "orders":
             weights |= {"failover": 4, "failback": 2, "hold": 4, "move": 8, "resync": 8, "manager crash": 1}
             weights |= {"break": random.choice((0, 1)), "server crash": random.choice((0, 1))}
+        elif theme == "verifies":
+            weights |= {"verify": 20, "break": 1, "resync": 4}
         elif theme == "hangs":
-            weights |= {"hang": 6, "stall": 1, "manager crash": random.choice((0, 1)), "resync": 6}
+            weights |= {"hang": 4, "stall": 4, "manager crash": random.choice((0, 1)), "resync": 6}
         elif theme == "medium":
             weights |= {"lose active": 2, "sick active": 3, "sick source": 6, "resync": 5}
         elif theme == "store":
@@ -252,7 +255,7 @@ class World:
         await self._until(lambda: bool(self.history.cells), "gets its first disk")
         agenda.after(self.chaos.pause_ns, self._befall)
         limit_ns = agenda.now_ns + self._trouble_ns
-        await self._until(lambda: self._steps <= 0 or agenda.now_ns >= limit_ns)
+        await self._until(lambda: self._steps <= 0 or agenda.now_ns >= limit_ns, "gets through its trouble")
         self._calm_down()
         await self._until(self._is_at_rest, "comes to rest")
         for group in self.groups.values():
@@ -273,19 +276,22 @@ class World:
         server.kill()
         await server.gone.wait()
 
-    async def _until(self, wanted: Callable[[], bool], what: str = "") -> None:
-        """Return when it is so, or something is wrong; if ``what``, it has to be so before long."""
+    async def _until(self, wanted: Callable[[], bool], what: str) -> None:
+        """Return when it is so, or raise what is wrong; it has to be so before long."""
         limit_ns = self.agenda.now_ns + REST_NS
-        self._reached = trio.Event()
         self._wanted = lambda: wanted() or self.agenda.now_ns > limit_ns
-        await self._reached.wait()
-        if self._failure is None and what and not wanted():
-            self._failure = Violation(f"the domain never {what}: {self._state()}")
+        while self._failure is None and not wanted():  # it may have been so, and be otherwise by now
+            if self.agenda.now_ns > limit_ns:
+                raise Violation(f"the domain never {what}: {self._state()}")
+            self._reached = trio.Event()
+            await self._reached.wait()
         if self._failure is not None:
             raise self._failure
 
     def fail(self, error: BaseException) -> None:
         """Something is wrong: the simulation ends here."""
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
         if self._failure is None:
             self._failure = error
             self._reached.set()
@@ -488,6 +494,9 @@ class World:
         duration_ns = int(random.choice((5, 100, 1000)) * random.random() * MILLISECOND_NS)
         match kind:
             case "stall":
+                # Mostly for longer than a deadline, so that something is given up that still is under way.
+                if self.agenda.chance(0.6):
+                    duration_ns = random.randrange(200, 900) * MILLISECOND_NS
                 device.stall(duration_ns)
             case "hang":
                 # What they have in common stops, such as a switch; they come back one by one, or nearly at once.
@@ -726,7 +735,13 @@ class World:
     # --- Checks -----------------------------------------------------------------------------------
 
     def _record_changed(self, before: DomainRecord, after: DomainRecord) -> None:
-        """A change of the store is durable."""
+        """A change of the store is durable. Whoever made it goes on, whatever is found."""
+        try:
+            self._check_change(before, after)
+        except Exception as error:
+            self.fail(error)
+
+    def _check_change(self, before: DomainRecord, after: DomainRecord) -> None:
         if after.record != before.record:
             self._undecided = False
         if after.record != before.record:
