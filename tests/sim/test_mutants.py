@@ -55,13 +55,8 @@ def hunt(tree: str, *arguments: str) -> str:
 
 #: Found more rarely than once in 60 seeds, or by a crash of the simulator itself: too long for every run.
 RARE = (
-    "BACKUP_NOT_ZEROED",
-    "COPIED_EARLY",
-    "COPY_MISSES_RANGE",
-    "COPY_UNFLUSHED",
     "LATE_ANSWER_SCRIBBLES",
     "LOST_WITHOUT_FENCE",
-    "SYNCING_LEG_KEPT",
     "VERIFY_UNCLAIMED",
 )
 

@@ -228,6 +228,8 @@ class World:
         logger.propagate = False
         try:
             clock.run(self._main, self.clock, self._seed)
+        except ExceptionGroup as group:
+            self.fail(group)  # found in a task of what ships
         finally:
             logger.removeHandler(handler)
             logger.setLevel(level)
