@@ -386,6 +386,11 @@ class World:
         state = self.record().leg(group.name).state
         if group.is_remote and not group.is_quiet:
             self.agenda.count("opened before it is quiet")
+            if not self.calm and self.agenda.chance(0.15):
+                # Whoever comes next does not know what this leg still has to be waited for.
+                victim = self.manager if self.agenda.chance(0.7) else self.server
+                if victim is not None:
+                    self.agenda.soon(victim.kill, 100 * MILLISECOND_NS)
         if (
             state is not LegState.UPTODATE
             and group.is_quiet
