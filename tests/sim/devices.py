@@ -332,6 +332,7 @@ class FileHandle:
         self.is_fenced = False
         self.is_dead = False
         self.is_closed = False
+        self._has_failed = False
         self._jobs: dict[int, Job] = {}
 
     def begin(self, op: PendingOp) -> None:
@@ -365,6 +366,7 @@ class FileHandle:
         def done(error: int, data: bytes) -> None:
             del self._jobs[op.number]
             result = length if kind in (JobKind.READ, JobKind.WRITE) else 0
+            self._has_failed = bool(error) or length < op.length
             if self.is_fenced:
                 data = GARBAGE[: len(data)]
             self.engine.complete(op.number, -error if error else result, data)
@@ -376,8 +378,8 @@ class FileHandle:
 
     @property
     def is_idle(self) -> bool:
-        """Whether the engine has nothing under way here."""
-        return not self._jobs
+        """Whether the engine has nothing under way here, and the last it had was done whole."""
+        return not self._jobs and not self._has_failed
 
     def _later(self, op: PendingOp, result: int) -> None:
         job = Job(JobKind.FLUSH, 0, 0, bytes, False, lambda error, data: None, self)
@@ -387,6 +389,7 @@ class FileHandle:
         def answer() -> None:
             if not job.killed:
                 del self._jobs[op.number]
+                self._has_failed = True
                 self.engine.complete(op.number, result)
 
         self.device.agenda.soon(answer)
