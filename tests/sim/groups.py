@@ -43,7 +43,7 @@ class Group:
         striped = rng.random() < 0.5
         chunk = rng.choice((4096, 8192)) if striped else 0
         layout = Layout(LayoutKind.STRIPED, chunk) if striped else Layout(LayoutKind.LINEAR)
-        is_odd = rng.random() < 0.5
+        is_odd = rng.random() < 0.25
         unit = chunk or 4096 if is_odd else ALLOCATION_UNIT
         if striped:
             lengths = [-(-size // (count * unit)) * unit] * count

@@ -24,7 +24,6 @@ MUST_HAPPEN = (
     "disks grown",
     "disks made",
     "done: failover",
-    "done: failback",
     "done: hold",
     "done: maintenance",
     "done: move",
