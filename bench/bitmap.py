@@ -7,7 +7,6 @@ costs is what is marked after writes to a few hot places: it is copied to each b
 """
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -116,7 +115,7 @@ def _table(
     cold: dict[int, list[float]],
     warm: dict[int, list[float]],
     loss: dict[int, Spread],
-    hot: dict[int, Sequence[float]] | dict[int, list[float]],
+    hot: dict[int, list[float]],
 ) -> Table:
     table = Table(
         "region",

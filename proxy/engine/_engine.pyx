@@ -509,11 +509,16 @@ cdef class Engine:
             raise OSError(request.error, os.strerror(request.error))
 
     def copy_progress(self, int64_t leg_id):
-        """Bytes copied and in all, of the copy to this leg that goes on; None when there is none."""
+        """Bytes copied and in all, of the copy to this leg that goes on; None when there is none.
+
+        A copy that was sent back to an earlier place copies some of it twice: then all is what was copied.
+        """
         cdef uint32_t i
+        cdef Copier *copier
         for i in range(LEG_SLOTS):
             if self.core.copiers[i].in_use and self.core.copiers[i].leg.id == leg_id:
-                return self.core.copiers[i].copied, self.core.copiers[i].total
+                copier = &self.core.copiers[i]
+                return copier.copied, max(copier.total, copier.copied)
         return None
 
     def pace_copies(self, *, uint64_t rate, uint64_t floor):

@@ -105,7 +105,7 @@ cdef uint64_t copy_pace(Core *core) noexcept nogil:
 
 cdef void copier_pump(Core *core, Copier *copier) noexcept nogil:
     """Keep its window full, at its pace; flush from time to time, and when all is copied."""
-    cdef bint yields = copy_pace(core) != core.copy_rate
+    cdef bint yields = clients_work(core) and core.copy_floor != 0
     cdef uint64_t pace = copy_pace(core)
     cdef uint64_t length
     cdef Request *request

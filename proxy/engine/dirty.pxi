@@ -36,9 +36,6 @@ cdef inline bint bit_is(const uint64_t *bits, uint64_t number) noexcept nogil:
 cdef inline void bit_set(uint64_t *bits, uint64_t number) noexcept nogil:
     bits[number >> 6] |= <uint64_t>1 << (number & 63)
 
-cdef inline void bit_clear(uint64_t *bits, uint64_t number) noexcept nogil:
-    bits[number >> 6] &= ~(<uint64_t>1 << (number & 63))
-
 cdef inline void dirty_stale(Dirty *dirty, uint32_t plane, uint64_t word) noexcept nogil:
     """The disk has this word's sector otherwise."""
     cdef uint64_t sector = word // SECTOR_WORDS

@@ -21,7 +21,7 @@ What a crash leaves
     in the middle of a copy                          the copy goes on in the server, or starts over
     in the middle of a verify                        the verify goes on in the server, or its result is
                                                      kept there until a manager has recorded it
-    the domain server, at any point                  ``session_open`` in the store: backups are synced
-                                                     again from the active leg before they count
+    the domain server, at any point                  ``session_open`` in the store: backups are given what
+                                                     the dirty bitmap says, or all, before they count
     ===============================================  ===========================================
 """

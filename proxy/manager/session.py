@@ -647,9 +647,9 @@ class Session:
     async def _label(self, group: str) -> None:
         """Label a leg anew that has become the active one, so that a store of before is known for what it is."""
         whole = self._groups()[group]
+        runs = self.store.domain(self.name).runs[group]
         try:
             async with self._labels.of(whole).begun(stale_welcome=False) as order:
-                runs = self.store.domain(self.name).runs[group]
                 await self.link.call(
                     "label",
                     limit_s=math.inf,

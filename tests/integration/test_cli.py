@@ -471,6 +471,7 @@ def test_domain_create_on_a_port_in_use_is_refused_and_leaves_nothing(shared: Pl
         ("domain set vol1 --failback -1", "'-1' is neither manual, immediate, nor a number"),
         ("domain set vol1 --failback nan", "'nan' is neither manual, immediate, nor a number"),
         ("verify nope", "there is no domain nope"),
+        ("verify solo", "domain solo has no disk; there is nothing to compare"),
         ("verify vol1 --rate fast", "fast"),
         ("verify vol1 --stop", "is not being verified"),
     ],

@@ -9,6 +9,9 @@ import trio
 from tests.integration.site import BLOCK, Site, site
 from tests.integration.test_failover import QUICK, answers, witnessed
 
+#: A verify goes on at its full pace also while clients are at work.
+UNHINDERED = QUICK + "resync_floor_mib_s = 1000\n"
+
 
 def plant(made: Site, shown: Any, group: str, offset: int) -> None:
     """Overwrite a block of the domain on the device of one leg, past everybody."""
@@ -30,7 +33,7 @@ async def verified(made: Site, **options: Any) -> Any:
 
 
 async def test_verify_under_load_finds_what_was_planted_and_nothing_else() -> None:
-    async with site(settings=QUICK) as made:
+    async with site(settings=UNHINDERED) as made:
         await made.make()
         async with witnessed(made) as witness:
             clean = await verified(made)
@@ -68,6 +71,9 @@ async def test_failover_in_the_middle_interrupts_it() -> None:
         await made.order("POST", "/domains/vol1/failover")
         shown = await made.wait("vol1", lambda shown: shown["last_verify"] is not None)
         assert (shown["last_verify"]["outcome"], shown["last_verify"]["mismatched"]) == ("interrupted", 0)
+        again = await verified(made)
+        assert (again["outcome"], again["mismatched"]) == ("complete", 0)
+        await made.order("DELETE", "/domains/vol1/legs/alpha")
         assert "no uptodate backup" in await made.refused("POST", "/domains/vol1/verify")
 
 

@@ -53,7 +53,7 @@ def hunt(tree: str, *arguments: str) -> str:
     return done.stdout
 
 
-#: Found more rarely than once in 60 seeds, or by a crash of the simulator itself: too long for every run.
+#: Found more rarely than once in 60 seeds: too long for every run.
 RARE = (
     "LATE_ANSWER_SCRIBBLES",
     "LOST_WITHOUT_FENCE",

@@ -23,6 +23,7 @@ MUST_HAPPEN = (
     "died after the commit",
     "disks grown",
     "disks made",
+    "done: failback",
     "done: failover",
     "done: hold",
     "done: maintenance",

@@ -171,6 +171,7 @@ class World:
         duration_ns = steps * request_ns // (client_count * self._workload.depth)
         self.chaos = Chaos.draw(agenda, duration_ns)
         self._trouble_ns = 8 * duration_ns + 10 * SECOND_NS
+        self._is_fond_of_the_first = agenda.chance(0.5)  # its operator fails back when all trouble is over
         self.read_repairs_max = random.choice((0, 2, 16))
         self._undecided = False  # a failover is decided, is not durable yet, and is watched
         self._rejected_at = -1
@@ -621,6 +622,8 @@ class World:
             self._order("release")
         if any(leg.state is LegState.OUTDATED for leg in self.record().legs):
             self._order("resync")
+        elif self._is_fond_of_the_first and self.record().preferred != self.record().active:
+            self._order("failback")
         if not any(disk.ready for disk in self.store.domain(DOMAIN).disks):
             self._order("create disk")
         self.agenda.after(20 * MILLISECOND_NS, self._repair)

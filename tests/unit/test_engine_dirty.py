@@ -115,10 +115,14 @@ def test_disk_elsewhere_in_the_domain_is_marked_where_it_lies() -> None:
 def test_domain_of_one_leg_marks_nothing() -> None:
     rig = Rig()
     rig.add_leg(1, (SIZE,))
-    client = rig.start(1)
+    rig.install(1)
+    rig.open_bitmap(SIZE)
+    rig.engine.release()
+    client = rig.connect()
     client.write(0, pattern(4096, 5))
     rig.pump()
-    assert device_writes_without_bitmap(rig) == 1
+    assert rig.bitmap_ops() == []
+    assert device_writes(rig) == 1
 
 
 def test_domain_of_one_leg_outlives_a_round_while_it_is_written_to() -> None:
@@ -132,10 +136,6 @@ def test_domain_of_one_leg_outlives_a_round_while_it_is_written_to() -> None:
     rig.pass_time(ROUND_S)
     rig.run()
     assert client.error(cookie) == 0
-
-
-def device_writes_without_bitmap(rig: Rig) -> int:
-    return len(rig.file_ops(kind=OpKind.WRITE))
 
 
 def test_writer_that_is_marked_while_the_domain_holds_waits_for_the_release() -> None:
