@@ -27,7 +27,9 @@ What holds, always (the numbers are the invariants of the project)
       nobody, but counted: LEG_DRAINED tells when the last has come back, and whether the fate of
       any is unknown. Buffers live until then (4).
     * An answer to a write means that every leg of its map had it; if one had not, that leg is gone
-      from the map under which the write was then done again (5). A flush goes to all legs (6).
+      from the map under which the write was then done again (5). A flush goes to all legs (6). An asynchronous
+      map's other legs get both later, in the order of the answers, and nobody takes over before it has all of
+      them (``backlog.pxi``).
     * Nothing is written to a region before that is marked, durably, in the dirty bitmap (8).
     * A read of the active leg that meets a medium error is done again on an uptodate backup under the same map
       and claim; what was bad is then copied back by a request that claims it as a writer (7, 9). It is evidence
@@ -45,10 +47,10 @@ Who owns what
 Files
     ``ring.pxi`` is the submission layer, ``uring.pxi`` and ``simulator.pxi`` its two implementations;
     ``core.pxi`` all state; ``arena.pxi`` memory; ``claims.pxi``, ``extents.pxi``; ``requests.pxi``
-    the life of a request; ``bitmap.pxi`` and ``dirty.pxi`` the dirty bitmap; ``stream.pxi`` sockets,
-    used by ``door.pxi`` and ``remote.pxi``; ``copier.pxi``, ``repairer.pxi`` and
-    ``verifier.pxi`` what the engine does of its own accord; ``loop.pxi``; ``_engine.pyx`` the Python
-    face. They are one C unit on purpose.
+    the life of a request; ``bitmap.pxi`` and ``dirty.pxi`` the dirty bitmap; ``backlog.pxi`` legs that
+    lag; ``stream.pxi`` sockets, used by ``door.pxi`` and ``remote.pxi``; ``copier.pxi``,
+    ``repairer.pxi`` and ``verifier.pxi`` what the engine does of its own accord; ``loop.pxi``;
+    ``_engine.pyx`` the Python face. They are one C unit on purpose.
     ``mutants.pxi`` is nothing in the build that ships; in a test build it breaks rules on request.
 """
 

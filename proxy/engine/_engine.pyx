@@ -12,6 +12,7 @@ include "claims.pxi"
 include "dirty.pxi"
 include "stream.pxi"
 include "requests.pxi"
+include "backlog.pxi"
 include "file.pxi"
 include "remote.pxi"
 include "door.pxi"
@@ -59,6 +60,13 @@ cdef struct RequestMail:
 
 cdef struct PlaneMail:
     uint32_t plane
+    uint64_t *lacking
+    bint written
+
+cdef struct BacklogMail:
+    Leg *leg
+    uint64_t bytes
+    uint64_t age_ns
 
 cdef struct PaceMail:
     uint64_t rate
@@ -113,7 +121,7 @@ cdef void mail_copy(Core *core, void *arguments) noexcept nogil:
 
 cdef void mail_open_bitmap(Core *core, void *arguments) noexcept nogil:
     core.dirty = (<Dirty *>arguments)[0]
-    core.dirty.round_ns = core.now_ns + ROUND_NS
+    core.dirty.round_ns = core.now_ns + core.round_every_ns
 
 cdef void mail_fill_plane(Core *core, void *arguments) noexcept nogil:
     cdef PlaneMail *request = <PlaneMail *>arguments
@@ -122,6 +130,34 @@ cdef void mail_fill_plane(Core *core, void *arguments) noexcept nogil:
         bit_set(core.dirty.planes[request.plane], region)
         dirty_stale(&core.dirty, request.plane, region >> 6)
     dirty_write(core)
+
+cdef void mail_give_up(Core *core, void *arguments) noexcept nogil:
+    cdef PlaneMail *request = <PlaneMail *>arguments
+    cdef Dirty *dirty = &core.dirty
+    cdef uint32_t plane, i
+    cdef uint64_t word
+    for i in range(LEG_SLOTS):
+        # What a copy from the leg that is given up has brought over is to be copied from another.
+        if core.copiers[i].in_use and not core.copiers[i].error:
+            core.copiers[i].error = ECANCELED
+    for word in range(dirty.words):
+        request.lacking[word] = dirty.planes[request.plane][word] | dirty.planes[INTENT][word]
+        for plane in range(1, PLANES):
+            if plane != request.plane:
+                dirty_put(dirty, plane, word, dirty.planes[plane][word] | request.lacking[word])
+    dirty_write(core)
+    request.written = not dirty.writing or dirty.plane == INTENT
+    for plane in range(1, PLANES):
+        if plane != request.plane and dirty.stale_count[plane]:
+            request.written = False
+
+cdef void mail_backlog(Core *core, void *arguments) noexcept nogil:
+    cdef BacklogMail *request = <BacklogMail *>arguments
+    request.bytes = request.leg.ship_bytes
+    request.age_ns = 0
+    if (lags(request.leg) and request.leg.ships_landed < core.ships_end
+            and core.now_ns > ship_at(core, request.leg.ships_landed).answered_ns):
+        request.age_ns = core.now_ns - ship_at(core, request.leg.ships_landed).answered_ns
 
 cdef void mail_pace(Core *core, void *arguments) noexcept nogil:
     core.copy_rate = (<PaceMail *>arguments).rate
@@ -278,13 +314,15 @@ cdef class Engine:
         self._maps = {}
         self._next_token = 1
         core.deadline_ns = deadline_ns
+        core.round_every_ns = ROUND_NS
         core.dirty.fd = -1
         core.dirty.op.done = dirty_written
         crc_prepare()
         core.wake_fd = core.event_fd = -1
         core.requests = <Request *>calloc(REQUESTS_MAX, sizeof(Request))
         core.subops = <SubOp *>calloc(SUBOPS_MAX, sizeof(SubOp))
-        if core.requests == NULL or core.subops == NULL or arena_open(&core.arena) < 0:
+        core.ships = <Ship *>calloc(SHIPS_MAX, sizeof(Ship))
+        if core.requests == NULL or core.subops == NULL or core.ships == NULL or arena_open(&core.arena) < 0:
             raise MemoryError
         core.zeroes = <char *>mmap(NULL, ZERO_FILL_BYTES, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
         if core.zeroes == <char *>MAP_FAILED:
@@ -338,6 +376,7 @@ cdef class Engine:
         free(core.verifier.ranges)
         free(core.requests)
         free(core.subops)
+        free(core.ships)
         pthread_cond_destroy(&core.mail_taken)
         pthread_mutex_destroy(&core.mutex)
         free(core)
@@ -528,6 +567,13 @@ cdef class Engine:
         request.floor = floor
         self._mail(mail_pace, &request)
 
+    def backlog(self, int64_t leg_id):
+        """What a leg has yet to get of the backlog: bytes, and for how long the oldest has been answered, in ns."""
+        cdef BacklogMail request
+        request.leg = self._leg(leg_id)
+        self._mail(mail_backlog, &request)
+        return request.bytes, request.age_ns
+
     # --- The dirty bitmap ------------------------------------------------------------------------
 
     def open_bitmap(self, int fd, *, uint32_t shift, uint64_t regions, uint64_t identity, planes):
@@ -588,6 +634,24 @@ cdef class Engine:
         assert 0 < plane < PLANES and self.core.dirty.open
         request.plane = plane
         self._mail(mail_fill_plane, &request)
+
+    def give_up_to(self, uint32_t plane):
+        """Prepare for the leg of this plane to serve although it lacks something, which is then lost.
+
+        What it lacks the other legs have otherwise, so they lack it from here on: their planes take it over.
+
+        Returns:
+            The bits of the regions that it lacks, or may; and whether the others' planes are on the disk. It must
+            not serve before they are: call again.
+        """
+        cdef PlaneMail request
+        assert 0 < plane < PLANES and self.core.dirty.open
+        bits = bytearray(self.core.dirty.words * 8)
+        cdef unsigned char[::1] view = bits
+        request.plane = plane
+        request.lacking = <uint64_t *>&view[0]
+        self._mail(mail_give_up, &request)
+        return bytes(bits), bool(request.written)
 
     def dirty_bytes(self, uint32_t plane, *, bint away):
         """Bytes of disks in regions that a leg lacks; ``away``: it takes no part in the map.
@@ -658,7 +722,7 @@ cdef class Engine:
 
     # --- The map ---------------------------------------------------------------------------------
 
-    def install(self, uint64_t generation, legs, disks, *, tracking=None):
+    def install(self, uint64_t generation, legs, disks, *, tracking=None, uint64_t backlog=0):
         """Switch to a new map, between two batches. What failed under the old one is done again.
 
         Args:
@@ -668,6 +732,8 @@ cdef class Engine:
                 map has ``offsets``, ``devices`` and ``device_offsets`` as proxy.extentmap.ExtentMap;
                 those of one disk cover the same number of whole blocks, at least its size.
             tracking: a Tracking; None: legs cannot come to differ, and nothing is marked in the bitmap.
+            backlog: bytes of memory for what backups have yet to get of what clients were told is written;
+                0: they are told when all legs have it.
         """
         cdef Core *core = self.core
         cdef Map *map
@@ -702,6 +768,7 @@ cdef class Engine:
                 if len(tracking.planes) != len(legs) or len(tracking.maps) != len(disks):
                     raise ValueError("tracking is not of these legs and disks")
                 map.tracked = True
+                map.asynchronous = backlog > 0
                 for plane in tracking.away:
                     map.away |= 1 << plane
             for i, (leg_id, role) in enumerate(legs):
@@ -757,6 +824,7 @@ cdef class Engine:
                                 >> core.dirty.shift) >= core.dirty.regions:
                             raise ValueError(f"disk {number} reaches past the end of the domain")
             self._maps[generation] = (<size_t>map, kept)
+            core.ship_limit = min(backlog, ARENA_CLIENT_BYTES)
             self._mail(mail_install, map)
         except BaseException:
             self._maps.pop(generation, None)
@@ -854,11 +922,20 @@ cdef class Engine:
         """Counters of the whole engine, as they stand."""
         cdef Core *core = self.core
         cdef Counters s = core.counters
+        cdef uint32_t shipping = 0
+        cdef uint32_t behind = 0
+        cdef uint32_t i
+        for i in range(LEG_SLOTS):
+            if core.legs[i].in_use:
+                shipping += core.legs[i].shipping
+        for i in range(core.map.leg_count if core.map != NULL else 0):
+            behind += core.map.legs[i].behind
         return Statistics(
             s.reads, s.writes, s.flushes, s.trims, s.zeroes, s.read_bytes, s.written_bytes, s.errors, s.refused,
             s.waited, s.parked, s.replayed, s.late, core.connection_count,
-            core.running + core.parked.count + core.cramped.count, core.held,
-            core.map.generation if core.map != NULL else 0, core.arena.used_bytes, s.read_repairs)
+            max(<int64_t>core.running - shipping, 0) + core.parked.count + core.cramped.count, core.held,
+            core.map.generation if core.map != NULL else 0, core.arena.used_bytes, s.read_repairs,
+            core.ships_end - core.ships_first, behind)
 
     def device_statistics(self, int64_t leg_id):
         """Counters of each device of a leg, in order."""
@@ -899,6 +976,15 @@ cdef class SimulatedEngine(Engine):
     @now_ns.setter
     def now_ns(self, uint64_t now_ns):
         self.sim.clock_ns = now_ns
+
+    @property
+    def round_every_ns(self):
+        """Between two rounds of clearing marks; shorter than the shipping engine's where a test is."""
+        return self.core.round_every_ns
+
+    @round_every_ns.setter
+    def round_every_ns(self, uint64_t round_every_ns):
+        self.core.round_every_ns = round_every_ns
 
     def step(self):
         """Take in all completions so far and do what follows from them."""

@@ -109,6 +109,8 @@ cdef void copier_pump(Core *core, Copier *copier) noexcept nogil:
     cdef uint64_t pace = copy_pace(core)
     cdef uint64_t length
     cdef Request *request
+    if copier.leg.behind and not copier.error:
+        copier.error = ECANCELED
     while (not copier.error and not copier.flushing and copier.unflushed < COPY_CHECKPOINT_BYTES
             and copier.in_flight < (1 if yields else COPY_WINDOW)):
         length = copier_piece(core, copier, COPY_CHUNK_YIELDING if yields else COPY_CHUNK)
@@ -217,6 +219,7 @@ cdef void copiers_check(Core *core) noexcept nogil:
             copier_withdraw(core, &core.copiers[i], &core.waiting)
             copier_withdraw(core, &core.copiers[i], &core.parked)
             copier_withdraw(core, &core.copiers[i], &core.cramped)
+            copier_withdraw(core, &core.copiers[i], &core.catching)
 
 cdef void copier_withdraw(Core *core, Copier *copier, RequestList *requests) noexcept nogil:
     """End steps that only wait: a domain may be held until its legs' slots are free, and these keep one."""

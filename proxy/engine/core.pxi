@@ -47,6 +47,9 @@ cdef enum:
     VERIFY_BURST_NS = 100000000  # what it has missed of its rate, it makes good up to this
     MISMATCHES_MAX = 1000      # ranges listed of one verify; what is beyond is counted
     REPAIRS_MAX = 64           # noted at once; what is beyond is met again by the next read
+    SHIPS_MAX = 16384          # in the backlog at once; a power of 2
+    SHIPS_PER_LEG = 128        # of them in flight to one leg
+    SHIPS_WINDOW = 512         # from the first in flight to it to the last, so that few are looked through
 
 cdef enum:  # RequestKind
     READ = 0
@@ -63,6 +66,7 @@ cdef enum:  # RequestState
     HELD                       # admitted while the domain holds
     WAITING                    # for an earlier overlapping request
     MARKING                    # for its regions to be marked in the dirty bitmap
+    CATCHING                   # for lagging legs to have what was answered before it
     RUNNING
     PARKED                     # a leg failed it: to be done again, whole, under the next map
     FINISHED                   # on its way out
@@ -108,6 +112,7 @@ cdef enum:  # EventKind
     EVENT_BITMAP_FAILED        # code: errno, writes wait for the dirty bitmap; 0: they do no longer
     EVENT_READ_REPAIRED        # leg, device, code: errno of the read, a: device offset of it, b: bytes written back
     EVENT_VERIFIED             # code: errno (ESTALE: the legs changed, ECANCELED: stopped), a: bytes compared, b: bad
+    EVENT_LEG_BEHIND           # leg: it is sent no more of the backlog; a: bytes of it that were dropped
 
 cdef struct Leg
 cdef struct Device
@@ -160,7 +165,10 @@ cdef struct Request:
     Connection *connection     # NULL: our own
     Copier *copier             # of a COPY
     VerifyStep *step           # of a VERIFY, and of the flush after it
-    uint64_t token             # of one of our own
+    Leg *shipping              # of the backlog: the leg it goes to
+    uint64_t token             # of one of our own; of the backlog: its number there
+    uint64_t seen              # where the backlog ended when it began, as far as it is concerned
+    uint64_t barrier           # and the last flush in it
     uint64_t cookie
     uint64_t offset            # as asked for, in bytes of the disk
     uint64_t length
@@ -175,6 +183,7 @@ cdef struct Request:
     char *edges                # within the buffer: two blocks, for a WRITE or ZERO that may need them
     uint64_t cursors[LEGS_MAX]  # next byte to issue on each leg; edges: of both blocks; flushing: next device
     uint32_t disk
+    uint32_t block_size        # of the map that it began under
     uint32_t outstanding       # sub-operations in flight
     int32_t error              # errno of what failed
     uint8_t kind
@@ -292,6 +301,32 @@ cdef struct Leg:
     uint32_t maps              # that name it and are not retired
     Device *devices
     CopyRange *copy_ranges
+    # Of the backlog
+    bint lagging               # it is sent clients' writes after they are answered
+    bint behind                # and lacks some that it will not be sent any more
+    uint32_t shipping          # in flight to it
+    uint64_t ships_sent        # number of the next to be sent
+    uint64_t ships_landed      # number of the first that it has not
+    uint64_t ship_bytes        # of disks, that it has yet to get
+
+cdef struct Ship:
+    # One write or flush of a client that was answered before all legs had it.
+    uint16_t pending           # bit i: the leg in slot i has yet to get it
+    uint8_t kind
+    bint fua
+    bint keep_allocated
+    uint32_t disk
+    uint32_t block_size
+    uint64_t offset
+    uint64_t length
+    uint64_t claim_offset
+    uint64_t claim_end
+    uint64_t span_offset
+    uint64_t span_end
+    char *buffer               # of the arena, referenced; NULL: there are no bytes
+    char *edges
+    uint64_t after             # no leg gets it before all below this number
+    uint64_t answered_ns
 
 cdef struct LegTable:
     # The extent map of one disk on one leg; proxy.extentmap.ExtentMap's three arrays.
@@ -322,6 +357,7 @@ cdef struct Map:
     uint8_t planes[LEGS_MAX]   # of the dirty bitmap; 0: none
     uint8_t away               # bit i: plane i is of a leg that takes no part
     bint tracked               # legs may come to differ: writes are marked in the dirty bitmap
+    bint asynchronous          # clients' writes are answered when the active leg has them
     DiskMap *disks             # by number
 
 cdef struct Connection:
@@ -459,6 +495,7 @@ cdef struct Core:
     uint64_t now_ns
     uint64_t tick_ns
     uint64_t deadline_ns
+    uint64_t round_every_ns    # between two rounds of the dirty bitmap
     uint8_t nbd_errors[256]    # proxy.errors.NBD_ERROR_BY_ERRNO
     bint medium_errors[256]    # those of proxy.failover.MEDIUM_ERRORS
     Map *map
@@ -483,6 +520,16 @@ cdef struct Core:
     RequestList marking        # for the dirty bitmap
     bint marks_moved           # some of those may be able to go on
     Dirty dirty
+    # The backlog: ships by number, from the first that some leg lacks
+    Ship *ships
+    uint64_t ships_first
+    uint64_t ships_end
+    uint64_t ship_barrier      # the end of its last flush, or write with FUA
+    uint64_t ship_flush        # the end of its last flush
+    uint64_t ship_bytes        # of the arena that it keeps
+    uint64_t ship_limit        # and may keep
+    RequestList catching       # for a leg to have all up to some number
+    bint ships_moved           # some of those may be able to go on
     bint wake                  # a claim others wait for is gone
     Request *claims_head       # by arrival
     Request *claims_tail

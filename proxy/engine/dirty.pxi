@@ -73,6 +73,9 @@ cdef bint dirty_marked(Core *core, Request *request) noexcept nogil:
         last = (region + (part - offset) - 1) >> dirty.shift
         region >>= dirty.shift
         while region <= last:
+            if sf_mutant(MARK_FORGOTTEN) and region % 4 == 3:
+                region += 1
+                continue
             bit_set(dirty.touched, region)
             if not bit_is(dirty.durable, region):
                 marked = False
@@ -217,7 +220,7 @@ cdef void dirty_check(Core *core) noexcept nogil:
         dirty_fold_done(core)
     if dirty.round != ROUND_IDLE or not core.map.tracked or core.held or core.now_ns < dirty.round_ns:
         return
-    dirty.round_ns = core.now_ns + ROUND_NS
+    dirty.round_ns = core.now_ns + core.round_every_ns
     for i in range(REQUESTS_MAX):
         request = &core.requests[i]
         if request.claimed and request.exclusive:
@@ -239,6 +242,10 @@ cdef void dirty_check(Core *core) noexcept nogil:
     request.cleaning = True
     dirty.round = ROUND_FLUSHING
     dirty.round_generation = core.map.generation
+    if sf_mutant(CLEARED_UNFLUSHED):
+        request_free(core, request)
+        dirty_flushed(core, 0)
+        return
     admit(core, request)
 
 cdef void dirty_flushed(Core *core, int32_t error) noexcept nogil:
@@ -247,11 +254,11 @@ cdef void dirty_flushed(Core *core, int32_t error) noexcept nogil:
     cdef uint64_t word
     cdef uint32_t plane
     dirty.round = ROUND_IDLE
-    if error or core.map.generation != dirty.round_generation:
+    if error or core.map.generation != dirty.round_generation or leg_is_behind(core.map):
         return
     dirty.round = ROUND_FOLDING
     for plane in range(1, PLANES):
-        if core.map.away & (1 << plane):
+        if core.map.away & (1 << plane) and not sf_mutant(AWAY_NOT_TOLD):
             for word in range(dirty.words):
                 dirty_put(dirty, plane, word, dirty.planes[plane][word] | dirty.clearing[word])
     dirty_write(core)

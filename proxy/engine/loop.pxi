@@ -83,6 +83,7 @@ cdef void settle_all(Core *core) noexcept nogil:
     cdef bint was_stopped
     while True:
         settle(core)
+        ships_pump(core)
         copiers_pump(core)
         repairs_pump(core)
         verifier_pump(core)
@@ -96,6 +97,8 @@ cdef void settle_all(Core *core) noexcept nogil:
         if core.starved.count and core.relief:
             continue
         if core.marks_moved and not core.held:
+            continue
+        if core.ships_moved:
             continue
         break
     if core.now_ns >= core.tick_ns:

@@ -47,6 +47,15 @@ cdef enum:
     # Verifying and repairing
     VERIFY_UNCLAIMED = 80
     REPAIR_UNCLAIMED = 81
+    # The dirty bitmap
+    MARK_UNAWAITED = 100
+    MARK_FORGOTTEN = 101
+    CLEARED_UNFLUSHED = 102
+    AWAY_NOT_TOLD = 103
+    # The backlog
+    SHIPPED_OUT_OF_ORDER = 120
+    LAG_UNAWAITED = 121
+    BEHIND_UNTOLD = 122
 
 cdef inline bint mutant_unclaimed(Request *request) noexcept nogil:
     """Whether a request passes by all claims."""

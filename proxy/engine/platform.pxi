@@ -2,7 +2,8 @@
 
 cdef extern from "<errno.h>" nogil:
     int errno
-    int EAGAIN, EBUSY, ECANCELED, ECONNABORTED, ECONNRESET, EINTR, EINVAL, EIO, ENOMEM, ENOSPC, EOPNOTSUPP
+    int EAGAIN, EBUSY, ECANCELED, ECONNABORTED, ECONNRESET, EINTR, EINVAL, EIO, ENOBUFS, ENOMEM, ENOSPC
+    int EOPNOTSUPP
     int EPIPE, EPROTO, ESHUTDOWN, ESTALE, ETIMEDOUT
 
 from libc.stdint cimport INT64_MAX, int8_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t

@@ -12,7 +12,7 @@ cdef int32_t repair_source(Map *map) noexcept nogil:
     cdef uint32_t i, j
     cdef bint usable
     for i in range(map.leg_count):
-        if map.roles[i] != ROLE_BACKUP or map.legs[i].fenced:
+        if map.roles[i] != ROLE_BACKUP or map.legs[i].fenced or map.legs[i].behind:
             continue
         usable = True
         for j in range(map.legs[i].device_count):

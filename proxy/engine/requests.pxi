@@ -72,8 +72,18 @@ cdef void start(Core *core, Request *request) noexcept nogil:
     cdef uint64_t mask, limit
     cdef uint64_t end = request.offset + request.length
     cdef uint32_t hint = 0
-    if request.exclusive and map.tracked and not dirty_marked(core, request):
+    if (request.exclusive and map.tracked and not dirty_marked(core, request)
+            and not sf_mutant(MARK_UNAWAITED)):
         dirty_await(core, request)
+        return
+    if request.state != CATCHING:
+        request.barrier = core.ship_barrier
+        request.seen = core.ships_end
+        if ships_matter(request) and request.kind != FLUSH:
+            request.seen = ships_overlapping(core, request)
+    if ships_matter(request) and not ships_landed(core, request.seen) and not sf_mutant(LAG_UNAWAITED):
+        request.state = CATCHING
+        ships_await(core, request)
         return
     request.state = RUNNING
     core.running += 1
@@ -98,6 +108,7 @@ cdef void start(Core *core, Request *request) noexcept nogil:
     if end > limit:
         finish(core, request, EINVAL if request.kind == READ or request.kind == TRIM else ENOSPC)
         return
+    request.block_size = map.block_size
     mask = map.block_size - 1
     request.span_offset = request.offset & ~mask
     request.span_end = (end + mask) & ~mask
@@ -152,6 +163,11 @@ cdef void enter(Core *core, Request *request, uint8_t phase) noexcept nogil:
         elif request.kind == REPAIR:
             if i == map.active:
                 request.legs = 1 << i
+        elif request.shipping != NULL:
+            if map.legs[i] == request.shipping:
+                request.legs = 1 << i
+        elif map.asynchronous and request.connection != NULL and i != map.active:
+            continue  # it is for the backlog
         elif sf_mutant(BACKUP_NOT_ZEROED) and phase == ZEROING and request.kind != COPY and i != map.active:
             continue
         elif request.kind != COPY or map.legs[i] == request.copier.leg:
@@ -165,13 +181,13 @@ cdef void enter(Core *core, Request *request, uint8_t phase) noexcept nogil:
             request.cursors[i] = zero_begin(request)
 
 cdef inline uint64_t zero_begin(Request *request) noexcept nogil:
-    cdef uint64_t mask = request.map.block_size - 1
+    cdef uint64_t mask = request.block_size - 1
     return (request.offset + mask) & ~mask
 
 cdef inline uint64_t zero_end(Request *request) noexcept nogil:
     if request.kind == TRIM or request.kind == COPY:
         return request.span_end
-    return (request.offset + request.length) & ~<uint64_t>(request.map.block_size - 1)
+    return (request.offset + request.length) & ~<uint64_t>(request.block_size - 1)
 
 cdef bint next_phase(Core *core, Request *request) noexcept nogil:
     """Go on to what follows a phase that is done; False when nothing does."""
@@ -201,16 +217,16 @@ cdef bint next_phase(Core *core, Request *request) noexcept nogil:
 
 cdef inline uint64_t edge_offset(Request *request, uint32_t edge) noexcept nogil:
     """Where edge 0 (the first block) or 1 (the last) lies on the disk."""
-    return request.span_offset if edge == 0 else request.span_end - request.map.block_size
+    return request.span_offset if edge == 0 else request.span_end - request.block_size
 
 cdef inline bint edge_shared(Request *request, uint32_t edge) noexcept nogil:
     """Whether this block is shared with a neighbour, and not already counted as edge 0."""
     if edge == 0:
         return (request.offset != request.span_offset
-                or (request.span_end - request.span_offset == request.map.block_size
+                or (request.span_end - request.span_offset == request.block_size
                     and request.offset + request.length != request.span_end))
     return (request.offset + request.length != request.span_end
-            and request.span_end - request.span_offset > request.map.block_size)
+            and request.span_end - request.span_offset > request.block_size)
 
 cdef void merge_edges(Request *request) noexcept nogil:
     """Put the neighbours' bytes around a WRITE's data, or zeroes into a ZERO's first and last block."""
@@ -223,7 +239,7 @@ cdef void merge_edges(Request *request) noexcept nogil:
             continue
         block = request.edges + edge * CLAIM_BLOCK
         block_begin = edge_offset(request, edge)
-        block_end = block_begin + request.map.block_size
+        block_end = block_begin + request.block_size
         first = request.offset if request.offset > block_begin else block_begin
         last = end if end < block_end else block_end
         if request.kind == ZERO:
@@ -255,7 +271,7 @@ cdef void advance(Core *core, Request *request) noexcept nogil:
             finish(core, request, 0)
             return
         if request.failed:
-            if request.rejected:
+            if request.rejected or request.shipping != NULL:
                 finish(core, request, request.error)
             else:
                 park(core, request)
@@ -265,6 +281,10 @@ cdef void advance(Core *core, Request *request) noexcept nogil:
             finish(core, request, request.error)
             return
         if request.rereading:
+            request.seen = ships_overlapping(core, request)
+            if not ships_landed(core, request.seen):
+                ships_await(core, request)  # until then what a backup has may be older
+                return
             if not reread(core, request):
                 park(core, request)  # the backup is on its way out of the map; the next one decides
                 return
@@ -308,7 +328,7 @@ cdef void issue_span(Core *core, Request *request) noexcept nogil:
 
 cdef void issue_edges(Core *core, Request *request) noexcept nogil:
     cdef uint8_t kind = SUB_READ if request.phase == READING_EDGES else SUB_WRITE
-    cdef uint64_t block_size = request.map.block_size
+    cdef uint64_t block_size = request.block_size
     cdef uint64_t within
     cdef uint32_t i, edge
     for i in range(request.map.leg_count):
@@ -330,7 +350,7 @@ cdef void issue_flushes(Core *core, Request *request) noexcept nogil:
     cdef Device *device
     cdef uint32_t i
     for i in range(request.map.leg_count):
-        if sf_mutant(BACKUP_NOT_FLUSHED) and i != request.map.active:
+        if not request.legs & (1 << i) or (sf_mutant(BACKUP_NOT_FLUSHED) and i != request.map.active):
             continue
         leg = request.map.legs[i]
         while request.cursors[i] < leg.device_count and issue_more(core, request, leg):
@@ -489,6 +509,9 @@ cdef void park(Core *core, Request *request) noexcept nogil:
 
 cdef void finish(Core *core, Request *request, int32_t error) noexcept nogil:
     if request.state == RUNNING:
+        if (request.map.asynchronous and (request.exclusive or request.kind == FLUSH)
+                and request.connection != NULL and not error):
+            ship(core, request)
         leave(core, request)
     request.state = FINISHED
     request.error = error
@@ -512,6 +535,8 @@ cdef void answer(Core *core, Request *request) noexcept nogil:
             core.replay_longest_ns = waited_ns
     if request.connection != NULL:
         connection_answer(core, request)
+    elif request.shipping != NULL:
+        ship_done(core, request)
     elif request.copier != NULL:
         copier_done(core, request)
     elif request.cleaning:
@@ -585,6 +610,8 @@ cdef void settle(Core *core) noexcept nogil:
         start(core, list_pop(&core.cramped))
     if core.marks_moved and not core.held:
         dirty_resume(core)
+    if core.ships_moved:
+        ships_resume(core)
     count = core.starved.count if core.relief else 0
     core.relief = False
     while count:
@@ -592,7 +619,8 @@ cdef void settle(Core *core) noexcept nogil:
         request = list_pop(&core.starved)
         request.starved = False
         advance(core, request)
-    if core.held and (core.running == 0 or sf_mutant(DRAIN_UNAWAITED)) and not core.drain_reported:
+    if (core.held and (core.running == 0 or sf_mutant(DRAIN_UNAWAITED)) and not core.drain_reported
+            and (core.ships_first == core.ships_end or sf_mutant(LAG_UNAWAITED))):
         core.drain_reported = True
         event_put(core, EVENT_DRAINED, 0, 0, 0, core.map.generation if core.map != NULL else 0, core.holds, 0)
     if core.replay_report and core.replays_pending == 0:
@@ -611,7 +639,7 @@ cdef void release(Core *core) noexcept nogil:
     """End the hold: answer what was withheld, redo what was parked, let in what was held, in this order."""
     cdef uint32_t count = core.held_requests.count
     core.held = False
-    core.wake = core.marks_moved = True
+    core.wake = core.marks_moved = core.ships_moved = True
     core.replay_report = True
     while core.withheld.count:
         answer(core, list_pop(&core.withheld))
@@ -623,6 +651,7 @@ cdef void release(Core *core) noexcept nogil:
 cdef void install(Core *core, Map *map) noexcept nogil:
     """The atomic switch: one pointer, between two batches. What failed under the old map is done again."""
     cdef Map *before = core.map
+    cdef Request *request
     cdef Device *device
     cdef uint32_t i, j
     dirty_install(core, before, map)
@@ -630,9 +659,19 @@ cdef void install(Core *core, Map *map) noexcept nogil:
     map.references += 1
     for i in range(map.leg_count):
         map.legs[i].maps += 1
+    ships_install(core, map)
+    if before != NULL and before.legs[before.active] != map.legs[map.active]:
+        # What is done and not answered may be missing on the leg that serves now, if a loss was accepted: it is
+        # done again. Nothing that overlaps it has begun since.
+        while core.withheld.count:
+            request = list_pop(&core.withheld)
+            request.state = HELD
+            list_push(&core.held_requests, request)
     if before != NULL:
         map_release(core, before)
     for i in range(map.leg_count):
+        if map.legs[i].behind and not map.legs[i].fenced and not sf_mutant(BEHIND_UNTOLD):
+            event_put(core, EVENT_LEG_BEHIND, map.legs[i].id, 0, ENOBUFS, map.generation, 0, 0)
         for j in range(map.legs[i].device_count):
             device = &map.legs[i].devices[j]
             device.reported = device.lost
@@ -710,6 +749,7 @@ cdef void fence(Core *core, Leg *leg) noexcept nogil:
     if leg.fenced:
         return
     leg.fenced = True
+    leg_falls_behind(core, leg, False)
     core.relief = True
     for i in range(leg.device_count):
         device = &leg.devices[i]

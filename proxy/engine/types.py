@@ -47,6 +47,7 @@ class EventKind(IntEnum):
     BITMAP_FAILED = 13  # code: errno, new regions cannot be written to; 0: they can again
     READ_REPAIRED = 14  # leg, device, code: errno, generation, a: device offset, b: bytes put back
     VERIFIED = 15  # code: errno (ESTALE: legs changed, ECANCELED: stopped), generation, a: compared, b: bad
+    LEG_BEHIND = 16  # leg, code: errno, generation, a: bytes of the backlog that it will not be sent
 
 
 class Event(NamedTuple):
@@ -122,7 +123,11 @@ class DeviceStatistics(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Counters of the engine since it began."""
+    """Counters of the engine since it began.
+
+    ``running`` requests are clients' and its own; ``backlog`` is how many writes lagging legs have yet to get, and
+    ``behind`` how many legs of the map will not get all of it.
+    """
 
     reads: int
     writes: int
@@ -143,6 +148,8 @@ class Statistics(NamedTuple):
     generation: int
     memory_bytes: int
     read_repairs: int
+    backlog: int
+    behind: int
 
 
 class Mismatch(NamedTuple):

@@ -9,11 +9,13 @@
 cdef bint verifier_holds(Core *core, Map *map) noexcept nogil:
     """Whether this map has the legs in their roles that are being compared."""
     cdef Verifier *verifier = &core.verifier
+    cdef int32_t place
     cdef uint32_t i
     if map.legs[map.active].id != verifier.active:
         return False
     for i in range(verifier.leg_count):
-        if verifier_leg(map, verifier.legs[i]) < 0:
+        place = verifier_leg(map, verifier.legs[i])
+        if place < 0 or map.legs[place].behind:
             return False
     return True
 
@@ -40,7 +42,7 @@ cdef int32_t verifier_start(Core *core, CopyRange *ranges, uint32_t range_count,
     verifier.begun = True
     verifier.active = map.legs[map.active].id
     for i in range(map.leg_count):
-        if map.roles[i] == ROLE_BACKUP:
+        if map.roles[i] == ROLE_BACKUP and not map.legs[i].behind:
             verifier.legs[verifier.leg_count] = map.legs[i].id
             verifier.leg_count += 1
     verifier.ranges = ranges

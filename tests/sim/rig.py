@@ -291,12 +291,13 @@ class Rig:
         size: int | None = None,
         disks: Sequence[tuple[int, Range]] | None = None,
         away: Sequence[int] = (),
+        backlog: int = 0,
     ) -> int:
         """Install a map of these legs, the first one active; the generation.
 
         One disk, number 0, of ``size`` bytes (by default all of the first leg), unless ``disks`` says
         which disk has which range of the domain. With a bitmap, the leg of id ``n`` has plane ``n``, and
-        ``away`` are those that take no part.
+        ``away`` are those that take no part. ``backlog``: as the engine's.
         """
         self.generation += 1
         roles = [
@@ -319,7 +320,7 @@ class Rig:
             )
             places = [ExtentMap.linear([Run(0, space.offset, space.length)]) for space in spaces]
             tracking = Tracking([leg_id for leg_id, _ in roles], away, places)
-        self.engine.install(self.generation, roles, rows, tracking=tracking)
+        self.engine.install(self.generation, roles, rows, tracking=tracking, backlog=backlog)
         return self.generation
 
     def open_bitmap(self, size: int, content: DirtyMap | None = None) -> None:

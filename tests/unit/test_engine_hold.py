@@ -172,6 +172,26 @@ def test_release_keeps_the_order_of_withheld_parked_waiting_and_held_requests() 
     assert client.replies[held[1]].payload == pattern(4 * KIB, 3)
 
 
+def test_withheld_write_is_done_again_on_an_active_leg_that_may_lack_it() -> None:
+    rig = Rig()
+    rig.add_leg(1)
+    rig.add_leg(2)
+    client = rig.start(1)
+    withheld = client.write(0, pattern(4 * KIB))
+    rig.pump()
+    rig.engine.hold()
+    rig.run()
+    rig.engine.fence_leg(1)
+    rig.install(2)
+    rig.engine.release()
+    rig.pump()
+    assert client.error(withheld) is None
+    rig.run()
+    assert client.error(withheld) == 0
+    assert rig.legs[2].read(0, 4 * KIB) == pattern(4 * KIB)
+    assert rig.engine.statistics().memory_bytes == 0
+
+
 def test_replayed_tells_how_many_felt_the_hold_and_for_how_long() -> None:
     rig = Rig()
     rig.add_leg(1)
