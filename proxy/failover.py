@@ -15,6 +15,13 @@ Losing a backup, a leg that is synced, a new disk: the same path, so there is on
 that cannot lose a write skip the hold. When no leg is left to go to, the machine is HELD: clients
 wait, nothing is acknowledged, and the active leg of the record stays the one whose content counts.
 
+An operator, or a policy of his, may accept a loss then: a leg that lacks some of what was acknowledged takes over by
+the same steps, and every other leg becomes outdated, the old active one too, whose content counts no more.
+
+In an *asynchronous* domain a backup is complete only when all is drained to it. One that was lost since, or whose
+domain server ended without saying so, lacks what it had yet to get: it is as good as outdated, whatever the record
+says, and that it can be reached again changes nothing.
+
 An operator's hold takes the same steps too, and ends in PAUSED instead of SERVING: nothing is released until he
 says so. What is lost meanwhile is dealt with as ever, but for the release.
 
@@ -56,6 +63,7 @@ class EvidenceKind(StrEnum):
     LOST = "lost"  # the connection to a device is gone
     DEADLINE = "deadline"  # a device has not answered in time
     UNREACHABLE = "unreachable"  # a device could not be opened, or is not the one expected
+    BEHIND = "behind"  # it lags by more than is kept for it
     OPERATOR = "operator"
 
 
@@ -85,6 +93,7 @@ class Evidence:
             EvidenceKind.LOST: "lost its connection",
             EvidenceKind.DEADLINE: "did not answer in time",
             EvidenceKind.UNREACHABLE: "cannot be used",
+            EvidenceKind.BEHIND: "fell behind",
             EvidenceKind.OPERATOR: "ordered by the operator",
         }[self.kind]
         cause = self.detail or (f"errno {self.error_number}" if self.error_number else "")
@@ -213,6 +222,14 @@ class Ordered:
 
 
 @dataclass(frozen=True, slots=True)
+class LossAccepted:
+    """A leg that lacks something is to be active, because none is left that does not."""
+
+    target: GroupName
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class LegDismissed:
     """A backup is to take part no more, although nothing speaks against it."""
 
@@ -278,6 +295,7 @@ Input = (
     | LegLost
     | LegReturned
     | Ordered
+    | LossAccepted
     | LegDismissed
     | HoldOrdered
     | ReleaseOrdered
@@ -345,21 +363,25 @@ class Failover:
 
     Args:
         record: as it is in the store.
+        asynchronous: backups lag.
         operator_hold: the operator has clients held.
     """
 
     record: Record
+    asynchronous: bool = False
     operator_hold: bool = False
     phase: Phase = Phase.HELD
     lost: dict[GroupName, Evidence] = field(default_factory=dict)
     target: GroupName | None = None
     order_reason: str = ""
     dismissed: GroupName | None = None
+    accepted: GroupName | None = None
     fenced: set[GroupName] = field(default_factory=set)
     _held: bool = True
     _transition: Transition | None = None
     _change: Change | None = None
     _resync: bool = False
+    _has_served: bool = False
 
     def receive(self, event: Input) -> list[Effect]:
         """What to do, in order, now that ``event`` has happened.
@@ -392,13 +414,19 @@ class Failover:
         return self._usable(self.record.leg(group))
 
     def _usable(self, leg: LegRecord) -> bool:
+        if self.lacks(leg.group):
+            return False
         return leg.state is LegState.UPTODATE and not leg.blocked and leg.group not in self.lost
 
     def _plan(self) -> Transition | None:
         """The next record, given what is lost and what was ordered; None when no leg can be active."""
         before = self.record
         active = before.active
-        if self.target is not None and self._usable(before.leg(self.target)):
+        if self.accepted is not None:
+            if self.accepted in self.lost:
+                return None
+            active = self.accepted
+        elif self.target is not None and self._usable(before.leg(self.target)):
             active = self.target
         elif active in self.lost:
             successor = self.successor()
@@ -421,6 +449,8 @@ class Failover:
     def _next_leg(self, leg: LegRecord, active: GroupName) -> LegRecord:
         if leg.group == active:
             return LegRecord(leg.group, LegState.UPTODATE)
+        if self.accepted is not None:
+            return LegRecord(leg.group, LegState.OUTDATED, blocked=True)
         if leg.state is not LegState.OUTDATED and leg.group in (*self.lost, self.dismissed):
             # It misses, or will miss, what is acknowledged from now on.
             return LegRecord(leg.group, LegState.OUTDATED, blocked=True)
@@ -432,7 +462,7 @@ class Failover:
         return leg
 
     def _reason(self, active: GroupName) -> str:
-        if active == self.target and self.record.active not in self.lost:
+        if self.accepted is not None or (active == self.target and self.record.active not in self.lost):
             return self.order_reason
         if self.lost:
             named = self.lost.get(self.record.active)
@@ -466,6 +496,7 @@ class Failover:
         """Nothing runs: what is in flight from here on is only what was never acknowledged."""
         transition = self._plan()
         if transition is None:
+            self.accepted = None
             self.phase = Phase.HELD
             return [Stuck(self._stuck_reason())]
         self.phase = Phase.RECORDING
@@ -491,6 +522,7 @@ class Failover:
         return self._record()
 
     def _on_adopted(self, event: Adopted) -> list[Effect]:
+        self._has_served = True
         attached = self.record.attached()
         self.lost = {group: evidence for group, evidence in event.lost.items() if group in attached}
         missing = [group for group in attached if group not in event.present and group not in self.lost]
@@ -518,17 +550,18 @@ class Failover:
         return self._begin()
 
     def _on_lost_draining(self, event: LegLost) -> list[Effect]:
-        if event.group not in self.record.attached() or event.group in self.lost:
+        if event.group not in (*self.record.attached(), self.accepted) or event.group in self.lost:
             return []
         self.lost[event.group] = event.evidence
         if self._plan() is None:
+            self.accepted = None
             self.phase = Phase.HELD
             return [Stuck(self._stuck_reason())]
         return self._fence([event.group])
 
     def _on_lost_later(self, event: LegLost) -> list[Effect]:
         # A transaction or an install is under way; it is taken up when that is done.
-        if event.group in self.record.attached() and event.group not in self.lost:
+        if event.group in (*self.record.attached(), self.accepted) and event.group not in self.lost:
             self.lost[event.group] = event.evidence
         return []
 
@@ -539,7 +572,19 @@ class Failover:
             self.lost[event.group] = event.evidence
         return []
 
+    def lacks(self, group: GroupName) -> bool:
+        """Whether a leg that the record calls up to date is not, for all that is known."""
+        if not self.asynchronous or group == self.record.active:
+            return False
+        return self._resync or (self._has_served and group in self.lost)
+
+    def can_return(self, group: GroupName) -> bool:
+        """Whether it makes a difference that this lost leg can be reached again."""
+        return group == self.record.active or not (self.asynchronous and self._has_served)
+
     def _on_returned(self, event: LegReturned) -> list[Effect]:
+        if not self.can_return(event.group):
+            return []
         self.lost.pop(event.group, None)
         self.fenced.discard(event.group)
         return [] if self._plan() is None else self._begin()
@@ -552,6 +597,24 @@ class Failover:
 
     def _on_ordered_held(self, event: Ordered) -> list[Effect]:
         return self._on_ordered_serving(event)
+
+    def _on_loss_accepted(self, event: LossAccepted) -> list[Effect]:
+        self.check_loss(event.target)
+        self.accepted = event.target
+        self.order_reason = event.reason
+        self.lost.pop(event.target, None)  # its driver has opened it anew
+        self.fenced.discard(event.target)
+        return self._begin()
+
+    def check_loss(self, target: GroupName) -> None:
+        """Raise RefusedError unless only a loss of data can have this leg, or any, serve."""
+        active = self.record.active
+        if self.phase is not Phase.HELD or self._plan() is not None:
+            raise RefusedError(f"nothing has to be lost: {active} is active, and clients are served from it")
+        if target not in {leg.group for leg in self.record.legs}:
+            raise RefusedError(f"group {target} is no leg of this domain")
+        if target == active:
+            raise RefusedError(f"group {target} is active already, and lacks nothing: bring its devices back")
 
     def _check_order(self, target: GroupName) -> None:
         try:
@@ -619,6 +682,7 @@ class Failover:
         self._resync = False
         self.target = None
         self.dismissed = None
+        self.accepted = None
         attached = self.record.attached()
         self.lost = {group: evidence for group, evidence in self.lost.items() if group in attached}
         self.fenced &= set(attached)
@@ -641,6 +705,7 @@ class Failover:
         return self._record()
 
     def _on_installed(self, event: Installed) -> list[Effect]:
+        self._has_served = True
         if self._lost_matters():
             return self._begin()
         if self.operator_hold:
@@ -687,6 +752,7 @@ _TABLE: Mapping[tuple[Phase, type[Input]], _Handler] = MappingProxyType(
         (Phase.HELD, LegLost): Failover._on_lost_held,
         (Phase.HELD, LegReturned): Failover._on_returned,
         (Phase.HELD, Ordered): Failover._on_ordered_held,
+        (Phase.HELD, LossAccepted): Failover._on_loss_accepted,
         (Phase.HELD, ReleaseOrdered): Failover._on_release_ordered,
         (Phase.HELD, Drained): Failover._on_drained_held,
         (Phase.PAUSED, LegLost): Failover._on_lost_paused,

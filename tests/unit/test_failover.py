@@ -26,6 +26,7 @@ from proxy.failover import (
     LegLost,
     LegRecord,
     LegReturned,
+    LossAccepted,
     MakeDurable,
     Ordered,
     Phase,
@@ -44,6 +45,7 @@ from proxy.model import LegState
 
 UPTODATE, SYNCING, OUTDATED = LegState.UPTODATE, LegState.SYNCING, LegState.OUTDATED
 GONE = Evidence(EvidenceKind.LOST, "nbd://one", errno.ECONNRESET)
+BEHIND = Evidence(EvidenceKind.BEHIND, "b")
 LATE = Evidence(EvidenceKind.DEADLINE, "nbd://one", errno.ETIMEDOUT)
 BAD_SECTOR = Evidence(EvidenceKind.ERROR, "nbd://one", errno.EIO)
 NOT_MEDIUM = Evidence(EvidenceKind.ERROR, "nbd://one", errno.ENODEV)
@@ -562,6 +564,7 @@ EVENTS: dict[type[Input], Input] = {
     RecordFailed: RecordFailed("no space"),
     RetryRecord: RetryRecord(),
     Installed: Installed(),
+    LossAccepted: LossAccepted("b", "it has to be"),
 }
 
 
@@ -607,15 +610,87 @@ def test_evidence_says_what_happened_to_which_device() -> None:
     assert (BAD_SECTOR.is_medium, NOT_MEDIUM.is_medium, LATE.is_medium) == (True, False, False)
 
 
+# --- Legs that lag, and losses ---------------------------------------------------------------------
+
+
+def lagging(*events: Input) -> Failover:
+    """An asynchronous domain on a, with b as its backup, serving, after these events."""
+    machine = Failover(record(a=UPTODATE, b=UPTODATE), asynchronous=True)
+    for event in (Started({}, unclean=False), Recorded(), Installed(), *events):
+        machine.receive(event)
+    return machine
+
+
+def test_asynchronous_backup_takes_over_when_all_is_drained_to_it() -> None:
+    machine = lagging(LegLost("a", GONE), Drained())
+    assert machine.phase is Phase.RECORDING
+    machine.receive(Recorded())
+    assert (machine.record.active, states(machine.record)) == ("b", {"a": OUTDATED, "b": UPTODATE})
+
+
+def test_asynchronous_backup_that_was_lost_is_not_gone_to_though_it_returns() -> None:
+    machine = lagging(LegLost("b", BEHIND), LegLost("a", GONE))
+    assert machine.phase is Phase.HELD
+    assert machine.receive(LegReturned("b")) == []
+    assert machine.phase is Phase.HELD
+    machine.receive(LegReturned("a"))
+    machine.receive(Drained())
+    machine.receive(Recorded())
+    assert (machine.record.active, states(machine.record)) == ("a", {"a": UPTODATE, "b": OUTDATED})
+
+
+def test_asynchronous_backup_is_not_gone_to_after_a_crash() -> None:
+    machine = Failover(record(a=UPTODATE, b=UPTODATE), asynchronous=True)
+    machine.receive(Started({"a": GONE}, unclean=True))
+    assert machine.phase is Phase.HELD
+    machine = Failover(record(a=UPTODATE, b=UPTODATE), asynchronous=True)
+    machine.receive(Started({"a": GONE}, unclean=False))
+    assert machine.phase is Phase.RECORDING
+
+
+def test_loss_is_accepted_only_where_nothing_else_is_left() -> None:
+    machine = lagging()
+    with pytest.raises(RefusedError, match="nothing has to be lost: a is active"):
+        machine.check_loss("b")
+    machine.receive(LegLost("b", BEHIND))
+    machine.receive(LegLost("a", GONE))
+    with pytest.raises(RefusedError, match="is no leg"):
+        machine.receive(LossAccepted("nobody", "it has to be"))
+    with pytest.raises(RefusedError, match="lacks nothing: bring its devices back"):
+        machine.receive(LossAccepted("a", "it has to be"))
+    machine.receive(LossAccepted("b", "it has to be"))
+    assert [type(effect) for effect in machine.receive(Drained())] == [MakeDurable]
+    machine.receive(Recorded())
+    assert (machine.record.active, states(machine.record)) == ("b", {"a": OUTDATED, "b": UPTODATE})
+    assert machine.receive(Installed()) == [Release()]
+
+
+def test_leg_that_a_loss_is_accepted_for_is_lost_itself() -> None:
+    machine = lagging(LegLost("b", BEHIND), LegLost("a", GONE), LossAccepted("b", "it has to be"))
+    machine.receive(LegLost("b", GONE))
+    assert machine.phase is Phase.HELD
+    assert machine.record.active == "a"
+    machine.receive(LegReturned("a"))
+    machine.receive(Drained())
+    machine.receive(Recorded())
+    assert machine.record.active == "a"
+
+
 # --- Whatever happens -----------------------------------------------------------------------------
 
 
 class World:
     """The little a driver knows, to check every effect against."""
 
-    def __init__(self, start: Record, first: Input, present: set[str]) -> None:
-        self.machine = Failover(start)
+    def __init__(self, start: Record, first: Input, present: set[str], *, asynchronous: bool) -> None:
+        self.machine = Failover(start, asynchronous=asynchronous)
         self.store = start
+        self.accepted = ""  # for this group a loss is
+        self.lacking: set[str] = (
+            set()
+        )  # backups that have not all that was acknowledged, whatever the store says
+        if isinstance(first, Started) and first.unclean and asynchronous:
+            self.lacking = set(GROUPS) - {start.active}
         self.pending: MakeDurable | None = None
         self.open = present
         self.installed = 0
@@ -626,6 +701,14 @@ class World:
             self.held, self.installed = False, start.generation  # adopted as it was
 
     def give(self, event: Input) -> None:
+        if (
+            isinstance(event, LegLost)
+            and event.evidence.kind is not EvidenceKind.DEADLINE
+            and self.machine.asynchronous
+            and self.installed
+            and event.group != self.store.active
+        ):
+            self.lacking.add(event.group)
         for effect in self.machine.receive(event):
             match effect:
                 case Hold():
@@ -637,8 +720,15 @@ class World:
                     assert transition.before == self.store
                     assert after_record.generation == self.store.generation + 1
                     assert after_record.leg(after_record.active).state is UPTODATE
-                    assert self.store.leg(after_record.active).state is UPTODATE
-                    assert not self.store.leg(after_record.active).blocked
+                    if after_record.active == self.accepted:
+                        others = {leg.state for leg in after_record.legs if leg.group != self.accepted}
+                        assert others <= {OUTDATED}, "a leg that differs is not recorded to"
+                    else:
+                        assert self.store.leg(after_record.active).state is UPTODATE
+                        assert not self.store.leg(after_record.active).blocked
+                        assert after_record.active not in self.lacking, (
+                            "a leg that lacks something becomes active"
+                        )
                     assert after_record.active in self.open, "a leg that is fenced becomes active"
                     for group in self.store.attached():
                         if group not in after_record.attached():
@@ -651,6 +741,7 @@ class World:
                         if leg.group not in states(self.store):
                             assert (leg.state, leg.blocked) == (OUTDATED, True)
                         elif leg.group != after_record.active and leg.state is UPTODATE:
+                            assert leg.group not in self.lacking or leg.group not in self.machine.lost
                             assert self.store.leg(leg.group).state in (UPTODATE, SYNCING)
                     self.pending = effect
                 case Install(record=wanted):
@@ -672,6 +763,10 @@ class World:
             self.store = self.pending.transition.after
             self.decided = False
             self.pending = None
+            self.accepted = ""
+            self.lacking &= {leg.group for leg in self.store.legs if leg.state is UPTODATE} - {
+                self.store.active
+            }
             self.give(Recorded())
         else:
             self.pending = None
@@ -689,8 +784,10 @@ def test_machine_never_breaks_its_promises(data: st.DataObject) -> None:
     start = record(a=UPTODATE, b=data.draw(leg_states), c=data.draw(leg_states))
     attached = set(start.attached())
     lost = {group: GONE for group in sorted(attached) if data.draw(st.booleans())}
+    asynchronous = data.draw(st.booleans())
     if data.draw(st.booleans()):
-        world = World(start, Started(lost, data.draw(st.booleans())), attached - set(lost))
+        first = Started(lost, data.draw(st.booleans()))
+        world = World(start, first, attached - set(lost), asynchronous=asynchronous)
     else:
         world = World(
             start,
@@ -698,6 +795,7 @@ def test_machine_never_breaks_its_promises(data: st.DataObject) -> None:
                 {}, frozenset(attached - set(lost)), data.draw(st.booleans()), data.draw(st.integers(4, 5))
             ),
             attached - set(lost),
+            asynchronous=asynchronous,
         )
     for _ in range(data.draw(st.integers(0, 25))):
         machine = world.machine
@@ -708,7 +806,7 @@ def test_machine_never_breaks_its_promises(data: st.DataObject) -> None:
         if kind is LegLost:
             world.give(LegLost(group, data.draw(evidence)))
         elif kind is LegReturned:
-            if group in machine.lost:
+            if group in machine.lost and machine.can_return(group):
                 world.open.add(group)
                 world.give(LegReturned(group))
         elif kind is Ordered:
@@ -716,6 +814,14 @@ def test_machine_never_breaks_its_promises(data: st.DataObject) -> None:
                 world.give(Ordered(group))
             except RefusedError:
                 continue
+        elif kind is LossAccepted:
+            try:
+                machine.check_loss(group)
+            except RefusedError:
+                continue
+            world.open.add(group)
+            world.accepted = group
+            world.give(LossAccepted(group, "it has to be"))
         elif kind is Change:
             wanted = data.draw(leg_states)
             legs = data.draw(st.none() | st.lists(st.sampled_from(GROUPS), unique=True).map(tuple))
