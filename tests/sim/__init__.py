@@ -29,10 +29,11 @@ What is simulated
       Operations in flight of a domain server then die, or land late.
     * *The host*: it loses its power with both processes, with what its files have not made durable, and with
       the dirty bitmap as it then is (``bitmapdisk.py``), damaged now and then. Its disk may be full.
-    * *Operators* who order failovers, failbacks, resyncs, verifies, holds, moves to other groups, legs added and
-      removed, maintenance, and disks made, grown and removed whenever they like. What the dirty bitmap says that a
-      leg lacks is overwritten with rubbish before the leg is synced, and so is all space before it is a leg's, so
-      that nothing of it can be relied on by chance.
+    * *Replication* of the domain, synchronous or not; then with a backlog so small that legs fall behind.
+    * *Operators* who accept losses, and order failovers, failbacks, resyncs, verifies, holds, moves to other groups,
+      legs added and removed, maintenance, and disks made, grown and removed whenever they like. What the dirty bitmap
+      says that a leg lacks is overwritten with rubbish before the leg is synced, and so is all space before it is a
+      leg's, so that nothing of it can be relied on by chance.
 
 What is checked
     From what clients were told alone (``history.py``, which knows nothing of engines or legs):
@@ -40,13 +41,15 @@ What is checked
       each disk is a linearizable register; a request that failed or was cut off took effect at once or never;
     * no torn sector, and no byte that nobody wrote there.
     From what the devices hold, when a client is answered:
-    * a write is on every leg that the store calls up to date; a flush, or a FUA write, durably so;
+    * a write is on every leg that the store calls up to date; a flush, or a FUA write, durably so; in an asynchronous
+      domain it is on the active leg then, and on all of them when one of them takes over;
     * so is what a read has shown, so that no failover can take it back;
     * a leg that the store comes to call up to date has all that was ever acknowledged or flushed, and holds the same
       bytes as the active one but where a write is under way;
     * so have all legs at a planned switch, and if nothing was wrong with any of them, they hold the same bytes.
     * so have all legs, durably, when an operator's hold is reached, and none that serves changes until its end;
     * so have they when the domain is recorded to have ended cleanly;
+    * what a failover is said to have lost is overwritten with zeroes: nothing else may be missing;
     * the space of a disk that is new, or grown, durably reads as zeroes.
     From what is sent where and when:
     * no byte goes to a leg once it is fenced, or to one that takes no part by the store; reads go to the active

@@ -103,6 +103,14 @@ class Group:
         return all(device.is_quiet for device in self.devices)
 
     @property
+    def is_safe_to_give(self) -> bool:
+        """Whether no write of the past can land in its space once somebody else has it.
+
+        Whoever has it next locks it first, and on a device of this host that waits for such writes.
+        """
+        return all(device.is_quiet or (device.is_locked and not device.remote) for device in self.devices)
+
+    @property
     def is_up(self) -> bool:
         """Whether all its devices can be reached."""
         return all(device.is_up for device in self.devices)
@@ -122,6 +130,12 @@ class Group:
             data = medium.durable if durable else medium.content
             parts.append(bytes(data[piece.device_offset : piece.device_offset + piece.length]))
         return b"".join(parts)
+
+    def wipe(self, space: Range) -> None:
+        """Put zeroes on all of a part of the domain, past everybody, durably."""
+        for piece in self.map.pieces(space.offset, space.length):
+            device = self.devices[piece.device]
+            device.medium.write(piece.device_offset, bytes(piece.length), durable=True)
 
     def spoil(self, space: Range | None = None) -> None:
         """Put rubbish in the place of what the domain has here, all or in this space of its."""

@@ -192,6 +192,22 @@ class History:
         for number in self._flush_covers:
             self._flush_covers[number] = {}
 
+    def wipe(self, disk: int, first: int, last: int) -> None:
+        """What was written to these cells, ``last`` not included, is gone: they are zeroes. Raises Violation."""
+        self.check()
+        self.tick()
+        gone = {(disk, place) for place in range(first, last)}
+        for _, place in gone:
+            cell = self.cells[disk][place]
+            cell.writes = [write for write in cell.writes if write.settled == math.inf]
+            cell.reads = []
+            cell.floor = -1
+            cell.since = cell.zeroed = self.moment
+            cell.first = frozenset({ZEROES})
+        for floors in (self.flushed, self._unflushed, *self._flush_covers.values()):
+            for key in gone & floors.keys():
+                del floors[key]
+
     def _begin_anew(self, disk: int, place: int, cell: Cell) -> None:
         floor = self.flushed.get((disk, place), -1)
         over = [write for write in cell.writes if write.settled != math.inf]

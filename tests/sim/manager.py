@@ -29,7 +29,14 @@ DOMAIN = "vol"
 RUN = Path("/run/simulated")
 
 #: Times that go with those of simulated devices, and regions small enough for a domain to have several.
-SETTINGS = Settings(deadline_ms=200, quarantine_s=0.35, reopen_interval_s=0.04, bitmap_region_kib=16)
+SETTINGS = Settings(
+    deadline_ms=200,
+    quarantine_s=0.35,
+    reopen_interval_s=0.04,
+    bitmap_region_kib=16,
+    backlog_kib=64,
+    catch_up_s=0.2,
+)
 
 
 class Killed(BaseException):

@@ -46,6 +46,7 @@ from proxy.failover import (
     Release,
     Started,
 )
+from proxy.manager import maps
 from proxy.manager.legs import Legs
 from proxy.model import LegState
 from tests.sim.history import Violation
@@ -84,6 +85,13 @@ ENGINE: Mapping[str, str] = MappingProxyType(
         "COPIED_EARLY": "a leg is said to be copied to when it is",
         "VERIFY_UNCLAIMED": "a write in flight is no difference between legs",
         "REPAIR_UNCLAIMED": "a repair never crosses a client's write to the same range",
+        "MARK_UNAWAITED": "nothing is written to a region before that is marked, durably",
+        "MARK_FORGOTTEN": "every region that is written to is marked",
+        "CLEARED_UNFLUSHED": "a mark is cleared when every leg has durably what it stands for",
+        "AWAY_NOT_TOLD": "a mark is cleared when legs that are away have taken it over",
+        "SHIPPED_OUT_OF_ORDER": "a lagging leg gets overlapping writes in their order",
+        "LAG_UNAWAITED": "nobody takes over before it has all that was answered",
+        "BEHIND_UNTOLD": "a leg that will not get all of the backlog counts no more",
     }
 )
 
@@ -112,7 +120,7 @@ class Find:
 _Receive = Callable[[Input], list[Effect]]
 
 
-def _replace(owner: type, name: str, function: Callable[..., object]) -> None:
+def _replace(owner: object, name: str, function: Callable[..., object]) -> None:
     setattr(owner, name, function)
 
 
@@ -187,6 +195,21 @@ def _reject_with_syncing_legs() -> None:
     proxy.failover._TABLE = MappingProxyType(table)
 
 
+def _return_lagging() -> None:
+    _replace(Failover, "can_return", lambda machine, group: True)
+
+
+def _choose_lagging() -> None:
+    def usable(machine: Failover, leg: LegRecord) -> bool:
+        return leg.state is LegState.UPTODATE and not leg.blocked and leg.group not in machine.lost
+
+    _replace(Failover, "_usable", usable)
+
+
+def _lose_untold() -> None:
+    _replace(maps, "lost_ranges", lambda disks, lacking: [])
+
+
 def _trust_always() -> None:
     _replace(Legs, "trusted", lambda legs, leg: True)
 
@@ -203,6 +226,9 @@ _PATCHES: Mapping[str, tuple[str, Callable[[], None]]] = MappingProxyType(
             "legs have no write that clients are told has failed",
             _reject_with_syncing_legs,
         ),
+        "LAGGING_LEG_RETURNED": ("a leg that lags and was lost lacks something", _return_lagging),
+        "LAGGING_LEG_CHOSEN": ("after a crash a leg that lags lacks something", _choose_lagging),
+        "LOSS_UNTOLD": ("all that a failover loses is recorded", _lose_untold),
         "RETURNED_UNPROVEN": ("a leg comes back only when no old write can land on it", _trust_always),
     }
 )

@@ -15,7 +15,7 @@ from proxy.dirtymap import INTENT
 from proxy.extentmap import Range, Run
 from proxy.failover import LegRecord, Record, Transition
 from proxy.manager.service import Service
-from proxy.model import ALLOCATION_UNIT, DomainState, Failback, LegState, Replication
+from proxy.model import ALLOCATION_UNIT, Delay, DomainState, LegState, Replication
 from proxy.store import DiskRecord, DomainRecord
 from tests.sim import clock
 from tests.sim.agenda import MILLISECOND_NS, SECOND_NS, Agenda
@@ -48,6 +48,7 @@ KINDS = (
     "store full",
     "failover",
     "failback",
+    "accept loss",
     "hold",
     "move",
     "maintenance",
@@ -79,6 +80,7 @@ class Chaos:
                 "backups",
                 "processes",
                 "crashes",
+                "losses",
                 "orders",
                 "verifies",
                 "store",
@@ -96,6 +98,10 @@ class Chaos:
             weights |= {"break": 2, "sick": 2, "down": 1, "stall": 1, "lose active": 1, "resync": 6}
         elif theme == "crashes":
             weights |= {"server crash": 6, "lose active": 1, "break": 1}
+            weights |= {"accept loss": random.choice((0, 4))}
+        elif theme == "losses":
+            weights |= {"break": 2, "lose active": 3, "accept loss": 8, "resync": 2}
+            weights |= {"server crash": random.choice((0, 1)), "manager crash": random.choice((0, 1))}
         elif theme == "orders":
             weights |= {"failover": 4, "failback": 2, "hold": 4, "move": 8, "resync": 8, "manager crash": 1}
             weights |= {"break": random.choice((0, 1)), "server crash": random.choice((0, 1))}
@@ -212,9 +218,11 @@ class World:
             *(LegRecord(name, LegState.SYNCING) for name in names[1:]),
         ]
         record = Record(1, names[0], tuple(legs))
-        failback = Failback(random.choice((None, None, 0.0, 0.3)))
+        failback = Delay(random.choice((None, None, 0.0, 0.3)))
+        replication = random.choice((Replication.SYNC, Replication.SYNC, Replication.ASYNC))
+        self._is_asynchronous = replication is Replication.ASYNC
         self.store.add_domain(
-            DOMAIN, uuid_of(random), size, Replication.SYNC, "", record, runs, 0.0, failback=failback
+            DOMAIN, uuid_of(random), size, replication, "", record, runs, 0.0, failback=failback
         )
 
     # --- Life -------------------------------------------------------------------------------------
@@ -455,7 +463,7 @@ class World:
                 self.history.power_lost()
                 for other in self.groups.values():
                     other.has_lost_power = False
-            else:
+            elif not self._is_asynchronous:
                 self._check_leg(group.name, f"{group.name} is a backup", self.history.floors())
 
     # --- What befalls it --------------------------------------------------------------------------
@@ -467,6 +475,9 @@ class World:
         is_whole = self._is_whole()
         pause_ns = self.chaos.pause_ns * (1 if is_whole else 10)
         self.agenda.after(int(self.agenda.random.expovariate(1 / pause_ns)), self._befall)
+        if "accept loss" in self.chaos.weights and self._is_stuck() and self.agenda.chance(0.5):
+            self._order("accept loss")
+            return
         if not is_whole and self.agenda.chance(0.6):
             self._order("resync")
             return
@@ -558,6 +569,13 @@ class World:
             and all(leg.state is LegState.UPTODATE for leg in self.record().legs)
         )
 
+    def _is_stuck(self) -> bool:
+        """Whether clients wait because no leg is left."""
+        if self.manager is None or not self.manager.is_alive:
+            return False
+        supervisor = self.manager.service.supervisors.get(DOMAIN)
+        return supervisor is not None and supervisor.state() is DomainState.HELD
+
     def _think_ns(self) -> int:
         """How long clients think; longer while a leg is missing, so that most of what they do meets all."""
         return self._workload.think_ns * (1 if self.calm or self._is_whole() else 20)
@@ -644,6 +662,9 @@ class World:
             case "failover":
                 target = random.choice(list(self.groups))
                 self._give(kind, lambda service: service.fail_over(DOMAIN, target))
+            case "accept loss":
+                target = random.choice([leg.group for leg in self.record().legs])
+                self._give(kind, lambda service: service.fail_over(DOMAIN, target, accept_loss=True))
             case "failback":
                 self._give(kind, lambda service: service.fail_back(DOMAIN))
             case "hold":
@@ -773,16 +794,18 @@ class World:
         transition = Transition(before.record, after.record, "")
         if transition.is_failover:
             self.agenda.count("planned switches" if transition.is_planned else "failovers")
+            self._wipe_lost(after)
         if transition.is_planned and before.record.attached() == after.record.attached():
             # Nothing was wrong with any leg, so nothing may be under way on any, nor missing from any.
             names = [leg.group for leg in after.record.legs if leg.state is LegState.UPTODATE]
-            self._check_equal(names, f"at the switch from {before.record.active} to {after.record.active} ")
+            occasion = f"at the switch from {before.record.active} to {after.record.active} "
+            self._check_equal(names, occasion, seen_only=True)
         states = {leg.group: leg.state for leg in before.record.legs}
         kept = {leg.group for leg in after.record.legs}
         for name in states:
             if name not in kept:
                 self.agenda.count("legs left")
-                if not self.groups[name].is_quiet:
+                if not self.groups[name].is_safe_to_give:
                     raise Violation(f"the space of {name} is given back, and a write can still land there")
         fresh = self.server is not None and not self.server.has_map
         for leg in after.record.legs:
@@ -798,7 +821,8 @@ class World:
             if fresh:
                 # What was in flight when the server before ended may be on some legs and not on others.
                 self._check_synced(leg.group, after.record.active)
-            if transition.is_planned or is_new:
+            # One that lags has all there is when it, or another, takes over; until then it has what it has.
+            if transition.is_failover if self._is_asynchronous else transition.is_planned or is_new:
                 occasion = f"{leg.group} was recorded up to date"
                 self._check_leg(leg.group, occasion, self.history.floors())
                 self._check_leg(leg.group, occasion, self.history.flushed, durable=True)
@@ -806,6 +830,26 @@ class World:
             if is_new:
                 self.agenda.count("resyncs")
                 self.groups[leg.group].has_lost_power = False
+
+    def _wipe_lost(self, domain: DomainRecord) -> None:
+        """Put zeroes over all that a failover is said to have lost: whatever was there, nobody relies on it."""
+        receipt = domain.last_failover
+        if receipt is None or receipt.generation != domain.record.generation or not receipt.lost_bytes:
+            return
+        self.agenda.count("losses accepted")
+        lost = self.store.losses(domain.domain.id)
+        disks = {disk.name: disk for disk in domain.disks}
+        for one in lost:
+            disk = disks[one.disk]
+            first, last = one.offset // SECTOR, (one.offset + one.length) // SECTOR
+            self.history.wipe(disk.number, first * CELLS_PER_SECTOR, last * CELLS_PER_SECTOR)
+            start = 0
+            for part in disk.ranges:
+                begin, end = max(one.offset, start), min(one.offset + one.length, start + part.length)
+                if begin < end:
+                    space = Range(part.offset + begin - start, end - begin)
+                    self.groups[domain.record.active].wipe(space)
+                start += part.length
 
     def _check_synced(self, name: str, active: str) -> None:
         """An up-to-date leg holds what the active one does, but where writes are under way."""
@@ -826,12 +870,15 @@ class World:
                         f"of disk {disk.number}"
                     )
 
-    def _check_equal(self, names: Sequence[str], occasion: str) -> None:
-        """These legs hold the same."""
+    def _check_equal(self, names: Sequence[str], occasion: str, *, seen_only: bool = False) -> None:
+        """These legs hold the same; ``seen_only``: but for what no client can see, which may not be zeroed yet."""
         if any(self.groups[name].has_lost_power for name in names):
             return
         for disk in self.store.domain(DOMAIN).disks:
-            contents = [self.groups[name].content(disk.ranges, 0, space_of(disk.ranges)) for name in names]
+            if seen_only and not disk.ready:
+                continue
+            length = disk.size if seen_only else space_of(disk.ranges)
+            contents = [self.groups[name].content(disk.ranges, 0, length) for name in names]
             for name, content in zip(names, contents, strict=True):
                 if content != contents[0]:
                     place = next(
@@ -860,6 +907,10 @@ class World:
     def _up_to_date(self) -> list[Group]:
         return [self.groups[leg.group] for leg in self.record().legs if leg.state is LegState.UPTODATE]
 
+    def _promised(self) -> list[Group]:
+        """Legs that have to have what clients are told at the moment when they are told."""
+        return [self.groups[self.record().active]] if self._is_asynchronous else self._up_to_date()
+
     def _answered(self, operation: Operation, reply: Reply) -> None:
         if self.agenda.is_traced:
             self.agenda.say(f"answer {reply.error} to {operation}")
@@ -887,14 +938,14 @@ class World:
                 self.agenda.count("unaligned")
 
     def _check_shown(self, disk: DiskRecord, read: Operation, data: bytes) -> None:
-        """Every up-to-date leg must have what a client was shown: no failover may take it back."""
-        for group in self._up_to_date():
+        """Every leg that is promised to must have what a client was shown: no failover may take it back."""
+        for group in self._promised():
             if group.content(disk.ranges, read.offset, read.length) != data:
                 # It may have been overwritten already; then it has to be looked at closely.
                 self._check_leg(group.name, f"{read} was answered", self.history.shown(read, data))
 
     def _check_acknowledged(self, disk: DiskRecord, operation: Operation) -> None:
-        """Every up-to-date leg must have what was acknowledged."""
+        """Every leg that is promised to must have what was acknowledged."""
         expected = operation.content()
         floors = {
             (disk.number, cell): float(operation.asked) for cell in range(operation.first, operation.last)
@@ -902,7 +953,7 @@ class World:
         for durable in (False, True) if operation.durable else (False,):
             if any(
                 group.content(disk.ranges, operation.offset, operation.length, durable=durable) != expected
-                for group in self._up_to_date()
+                for group in self._promised()
             ):
                 # It may have been overwritten already; then it has to be looked at closely.
                 self._check_legs(operation, floors, durable=durable)
@@ -910,7 +961,7 @@ class World:
     def _check_legs(
         self, operation: Operation, floors: dict[tuple[int, int], float], *, durable: bool
     ) -> None:
-        for group in self._up_to_date():
+        for group in self._promised():
             self._check_leg(group.name, f"{operation} was acknowledged", floors, durable=durable)
 
     def _check_leg(

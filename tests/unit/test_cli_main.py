@@ -218,6 +218,7 @@ def test_command_loads_nothing_that_only_the_manager_needs() -> None:
                     "replication": "sync",
                     "listen": "127.0.0.1:10809",
                     "failback": "manual",
+                    "accept_loss": "manual",
                 },
             ),
         ),
@@ -229,7 +230,7 @@ def test_command_loads_nothing_that_only_the_manager_needs() -> None:
         ("disk create v/d --size 5M", ("POST", "/domains/v/disks", {"name": "d", "size": "5M"})),
         ("disk resize v/d --size 5M", ("POST", "/domains/v/disks/d/resize", {"size": "5M"})),
         ("disk remove v/d --force", ("DELETE", "/domains/v/disks/d?force=true", None)),
-        ("failover v --to b", ("POST", "/domains/v/failover", {"to": "b"})),
+        ("failover v --to b", ("POST", "/domains/v/failover", {"to": "b", "accept_loss": False})),
         ("failback v", ("POST", "/domains/v/failback", None)),
         ("domain hold v", ("POST", "/domains/v/hold", {"timeout_s": None})),
         ("domain hold v --timeout 5", ("POST", "/domains/v/hold", {"timeout_s": 5.0})),
@@ -240,7 +241,8 @@ def test_command_loads_nothing_that_only_the_manager_needs() -> None:
         ("domain add-leg v g", ("POST", "/domains/v/legs", {"group": "g"})),
         ("domain remove-leg v g --no-wait", ("DELETE", "/domains/v/legs/g", None)),
         ("domain release v", ("POST", "/domains/v/release", None)),
-        ("domain set v --failback 30", ("POST", "/domains/v/set", {"failback": "30"})),
+        ("domain set v --failback 30", ("POST", "/domains/v/set", {"failback": "30", "accept_loss": None})),
+        ("domain losses v", ("GET", "/domains/v/losses", None)),
         ("resync v --group b", ("POST", "/domains/v/resync", {"group": "b", "rate": None})),
         ("resync v", ("POST", "/domains/v/resync", {"group": None, "rate": None})),
     ],
@@ -282,7 +284,15 @@ def test_failover_on_trial_asks_and_orders_nothing(capsys: pytest.CaptureFixture
 
 
 def test_failover_tells_how_long_clients_waited(capsys: pytest.CaptureFixture[str]) -> None:
-    receipt = {"stall_ms": 3.21, "from": "alpha", "to": "beta", "at": "", "reason": "", "replayed": 0}
+    receipt = {
+        "stall_ms": 3.21,
+        "from": "alpha",
+        "to": "beta",
+        "at": "",
+        "reason": "",
+        "replayed": 0,
+        "lost_bytes": 0,
+    }
     answer, _ = answering(domain(active="beta", last_failover=receipt))
     with manager(answer) as run:
         assert succeeded(capsys, "failover", "vol1", "--run", str(run)) == (

@@ -88,6 +88,7 @@ def test_domain_page_shows_what_an_operator_looks_for() -> None:
                     "from": "gamma",
                     "to": "alpha",
                     "replayed": 1,
+                    "lost_bytes": 0,
                     "generation": 4,
                 },
             )
@@ -96,7 +97,7 @@ def test_domain_page_shows_what_an_operator_looks_for() -> None:
     words = [line.split() for line in page]
     assert ["domain", "vol1:", "degraded"] in words
     assert ["listen", "127.0.0.1:10809"] in words
-    assert ["beta", "backup", "syncing", "512K", "50%", "(1", "of", "2)", "-"] in words
+    assert ["beta", "backup", "syncing", "512K", "0", "50%", "(1", "of", "2)", "-"] in words
     assert ["gamma", "backup", "outdated,", "blocked", "0", "-", "-"] in words
     assert "  trouble      clients wait" in page
     assert (
@@ -113,6 +114,7 @@ def test_domain_page_right_after_a_failover_leaves_out_what_is_not_known_yet() -
         "from": "a",
         "to": "b",
         "replayed": None,
+        "lost_bytes": 0,
         "generation": 2,
     }
     assert "now from a to b: why" in lay_out(render.domain_page(domain(last_failover=receipt)), Surface())

@@ -17,8 +17,9 @@ from proxy.engine import LegRole, SimulatedEngine
 from proxy.errors import NBD_ERROR_BY_ERRNO
 from proxy.label import Label
 from proxy.manager.link import CommandError, Link
-from tests.sim.rig import Rig
+from tests.sim.rig import Client, Rig, pattern
 
+KIB = 1024
 LABEL = Label(UUID(int=1), UUID(int=2), "alpha", 0, 1, 1 << 20, 65536, 0).encode()
 
 
@@ -95,3 +96,90 @@ async def test_stop_with_a_write_that_some_leg_has_not_is_not_clean(tmp_path: Pa
     rig.pump()
     await server.stop()
     assert not server.clean
+
+
+@asynccontextmanager
+async def at_work(rig: Rig, server: Server) -> AsyncIterator[None]:
+    """The engine's devices act, and what it tells is taken in by the server, for as long as the context lasts."""
+
+    async def act() -> None:
+        while True:
+            rig.engine.step()
+            for op in rig.file_ops():
+                rig.carry_out(op)
+            await server._pass_events()
+            await trio.sleep(0.001)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(act)
+        yield
+        nursery.cancel_scope.cancel()
+
+
+def lagging(directory: Path) -> tuple[Rig, Client, Server]:
+    """An asynchronous domain of two legs, the second of which has yet to get a write."""
+    rig = Rig()
+    for number in (1, 2):
+        rig.add_leg(number, [64 * KIB])
+    rig.open_bitmap(64 * KIB)
+    rig.install(1, 2, backlog=64 * KIB)
+    rig.engine.release()
+    server = Server("vol", directory, engine=rig.engine, doors=Doors(rig.engine, "vol"))
+    server._held, server._generation = False, 1
+    client = rig.connect()
+    cookie = client.write(0, pattern(4 * KIB))
+    rig.pump()
+    rig.carry_out(rig.bitmap_ops()[0])
+    rig.pump()
+    rig.carry_out_all(1)
+    assert client.error(cookie) == 0
+    return rig, client, server
+
+
+async def test_stop_waits_for_what_a_leg_has_yet_to_get(tmp_path: Path) -> None:
+    rig, _, server = lagging(tmp_path)
+    async with at_work(rig, server):
+        await server.stop()
+    assert server.clean
+    assert rig.legs[2].read(0, 4 * KIB) == pattern(4 * KIB)
+
+
+async def test_stop_while_a_round_of_the_bitmap_waits_for_a_leg_is_clean_all_the_same(tmp_path: Path) -> None:
+    rig, _, server = lagging(tmp_path)
+    for _ in range(3):
+        rig.engine.now_ns += rig.engine.round_every_ns
+        rig.engine.step()
+    async with at_work(rig, server):
+        await server.stop()
+    assert server.clean
+
+
+async def test_stop_with_a_leg_that_fell_behind_is_not_clean(tmp_path: Path) -> None:
+    rig, _, server = lagging(tmp_path)
+    rig.fail(rig.op(2))
+    rig.pump()
+    async with at_work(rig, server):
+        await server.stop()
+    assert not server.clean
+
+
+async def test_new_disk_is_zeroed_again_on_a_leg_that_came_to_serve_meanwhile(tmp_path: Path) -> None:
+    rig, _, server = lagging(tmp_path)
+    rig.add_leg(3, [64 * KIB]).fill(pattern(64 * KIB))
+    server._active = 1
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(server._zero_range, 0, 0, 64 * KIB)
+        async with at_work(rig, server):
+            while rig.legs[1].read(0, 64 * KIB) != bytes(64 * KIB):
+                await trio.sleep(0)
+            rig.engine.hold()
+            rig.engine.fence_leg(1)
+            rig.engine.fence_leg(2)
+            rig.install(3, away=(1, 2), backlog=64 * KIB)
+            server._active = 3
+            rig.engine.release()
+            with trio.fail_after(5):
+                while rig.legs[3].read(0, 64 * KIB) != bytes(64 * KIB):
+                    await trio.sleep(0)
+                while nursery.child_tasks:
+                    await trio.sleep(0)

@@ -108,4 +108,4 @@ async def test_adopt_of_a_leg_never_used_and_failed_lets_go_of_it(nursery: trio.
 async def test_resync_of_a_leg_that_has_left_since_it_was_ordered_is_refused(nursery: trio.Nursery) -> None:
     session = await adopted(found(), nursery, held=False)
     with pytest.raises(RefusedError, match="no leg"):
-        session.resync("beta")
+        session.resyncs.begin("beta")

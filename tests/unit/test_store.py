@@ -22,7 +22,7 @@ from proxy.model import (
     Severity,
     VerifyOutcome,
     VerifyReceipt,
-    parse_failback,
+    parse_delay,
 )
 from proxy.store import Change, DiskRecord, DomainRecord, NewDevice, NewEvent
 from proxy.store.sqlite import _MIGRATIONS, SCHEMA_VERSION, SqliteStore
@@ -143,7 +143,7 @@ def test_failback_policy_is_kept_and_can_be_changed(store: SqliteStore) -> None:
     domain = filled(store).domain
     assert str(domain.failback) == "manual"
     for text in ("30", "immediate", "2.5", "manual"):
-        store.change(domain.id, Change(failback=parse_failback(text)), 3.0)
+        store.change(domain.id, Change(failback=parse_delay("failback", text)), 3.0)
         assert str(store.domain("vol1").domain.failback) == text
 
 
