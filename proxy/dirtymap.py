@@ -225,6 +225,22 @@ def full_plane(size: int, shift: int) -> bytes:
     return ((1 << _regions(size, shift)) - 1).to_bytes(plane_size(size, shift), "little")
 
 
+def marked_ranges(plane: bytes, shift: int, size: int) -> list[tuple[int, int]]:
+    """The marked regions of a plane as (offset, length) in bytes of the domain, adjacent ones joined."""
+    ranges: list[tuple[int, int]] = []
+    for index, byte in enumerate(plane):
+        for bit in range(8) if byte else ():
+            if not byte >> bit & 1:
+                continue
+            offset = (index * 8 + bit) << shift
+            length = min(1 << shift, size - offset)
+            if ranges and sum(ranges[-1]) == offset:
+                ranges[-1] = (ranges[-1][0], ranges[-1][1] + length)
+            else:
+                ranges.append((offset, length))
+    return ranges
+
+
 def _regions(size: int, shift: int) -> int:
     return -(-size >> shift)
 

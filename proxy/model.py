@@ -27,8 +27,8 @@ BLOCK_SIZE_MAX = 4096
 #: Space is allotted in multiples of this, so that no extent ever splits a block of any device.
 ALLOCATION_UNIT = 64 * 1024
 
-#: 30 days: whoever wants a domain to stay longer than that where it is says ``manual``.
-FAILBACK_MAX_S = 30 * 24 * 3600
+#: 30 days: whoever would wait longer than that for something says ``manual``.
+DELAY_MAX_S = 30 * 24 * 3600
 
 #: Of a striped group that names none: large enough that most requests touch one device.
 CHUNK_DEFAULT = MIB
@@ -138,11 +138,8 @@ class Desired(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Failback:
-    """When a domain returns to its preferred leg after a failover.
-
-    ``after_s``: when that leg has been up to date for so long; None: only when it is ordered to.
-    """
+class Delay:
+    """After how long of being possible something is done that an operator can order; None: only when he does."""
 
     after_s: float | None = None
 
@@ -152,7 +149,7 @@ class Failback:
         return f"{self.after_s:g}" if self.after_s else "immediate"
 
 
-FAILBACK_MANUAL = Failback()
+MANUAL = Delay()
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +167,9 @@ class OperatorHold:
 class Domain:
     """A logical storage domain: what a failover never changes.
 
-    ``size`` is in bytes; ``listen`` is ``host:port`` of its TCP door, or empty.
+    ``size`` is in bytes; ``listen`` is ``host:port`` of its TCP door, or empty. ``failback``: to the preferred
+    leg, once that is up to date. ``accept_loss``: have a leg serve that lacks something, when none is left that
+    does not.
     """
 
     id: DomainId
@@ -179,7 +178,17 @@ class Domain:
     size: int
     replication: Replication
     listen: str
-    failback: Failback = FAILBACK_MANUAL
+    failback: Delay = MANUAL
+    accept_loss: Delay = MANUAL
+
+
+@dataclass(frozen=True, slots=True)
+class LostRange:
+    """Bytes of a disk that may be older than what clients were told is written."""
+
+    disk: str
+    offset: int
+    length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +197,8 @@ class FailoverReceipt:
 
     ``at`` is in seconds since the epoch. ``planned``: nothing was wrong with the leg that was left.
     ``stall_ms`` is the longest any client's request took across it, ``replayed`` how many were held or
-    done again; both are None until the last of them is answered.
+    done again; both are None until the last of them is answered. ``lost_bytes``: of what was acknowledged the
+    new leg lacked so much at most; nothing unless a loss was accepted.
     """
 
     generation: int
@@ -199,6 +209,7 @@ class FailoverReceipt:
     planned: bool = False
     stall_ms: float | None = None
     replayed: int | None = None
+    lost_bytes: int = 0
 
 
 class VerifyOutcome(StrEnum):
@@ -261,23 +272,31 @@ class Event:
     message: str
 
 
-def parse_failback(text: str) -> Failback:
-    """The policy meant by ``manual``, ``immediate`` or a number of seconds.
+def parse_delay(what: str, text: str) -> Delay:
+    """The delay meant by ``manual``, ``immediate`` or a number of seconds; ``what`` it is for.
 
     Raises:
         InvalidError: it is none of them, or not from 0 to 30 days.
     """
     if text == "manual":
-        return FAILBACK_MANUAL
+        return MANUAL
     try:
         after_s = 0.0 if text == "immediate" else float(text)
     except ValueError:
         after_s = math.nan
-    if not 0 <= after_s <= FAILBACK_MAX_S:
+    if not 0 <= after_s <= DELAY_MAX_S:
         raise InvalidError(
-            f"failback {text!r} is neither manual, immediate, nor a number of seconds up to {FAILBACK_MAX_S}"
+            f"{what} {text!r} is neither manual, immediate, nor a number of seconds up to {DELAY_MAX_S}"
         )
-    return Failback(after_s)
+    return Delay(after_s)
+
+
+def parse_replication(text: str) -> Replication:
+    """``sync`` or ``async``; InvalidError when it is neither."""
+    try:
+        return Replication(text)
+    except ValueError:
+        raise InvalidError(f"replication {text!r} is neither sync nor async") from None
 
 
 def parse_layout(text: str) -> Layout:

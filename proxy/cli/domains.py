@@ -25,6 +25,15 @@ Failback = Annotated[
     ),
 ]
 
+AcceptLoss = Annotated[
+    str,
+    typer.Option(
+        metavar="manual|immediate|SECONDS",
+        help="When to serve from a leg that lacks some of what was written, if none is left that does not: by order "
+        "only (failover --accept-loss), at once, or when that has been so for so long.",
+    ),
+]
+
 app = branch("Logical storage domains: addresses that stay while the groups behind them change.")
 
 
@@ -42,6 +51,7 @@ def create(
     ] = "sync",
     listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Serve on this TCP address too.")] = "",
     failback: Failback = "manual",
+    accept_loss: AcceptLoss = "manual",
     as_json: Json = False,
     run: Run = RUN_DEFAULT,
 ) -> None:
@@ -54,6 +64,7 @@ def create(
         "replication": replication,
         "listen": listen,
         "failback": failback,
+        "accept_loss": accept_loss,
     }
     domain: DomainObject = Manager(run).post("domains", body=body)
     text = f"domain {name} created: {format_size(domain['size'])}, {domain['state']}, active is {active}"
@@ -177,10 +188,26 @@ def remove_leg(
 
 
 @app.command("set")
-def set_domain(name: DomainName, failback: Failback, as_json: Json = False, run: Run = RUN_DEFAULT) -> None:
+def set_domain(
+    name: DomainName,
+    failback: Annotated[str | None, Failback.__metadata__[0]] = None,
+    accept_loss: Annotated[str | None, AcceptLoss.__metadata__[0]] = None,
+    as_json: Json = False,
+    run: Run = RUN_DEFAULT,
+) -> None:
     """Change a domain's policies."""
-    domain: DomainObject = Manager(run).post("domains", name, "set", body={"failback": failback})
-    done(domain, f"domain {name}: failback is {domain['failback']} now", as_json=as_json)
+    if failback is None and accept_loss is None:
+        raise RefusedError("name a policy to set: --failback, --accept-loss")
+    body = {"failback": failback, "accept_loss": accept_loss}
+    domain: DomainObject = Manager(run).post("domains", name, "set", body=body)
+    policies = f"failback is {domain['failback']}, accept-loss is {domain['accept_loss']}"
+    done(domain, f"domain {name}: {policies} now", as_json=as_json)
+
+
+@app.command()
+def losses(name: DomainName, as_json: Json = False, run: Run = RUN_DEFAULT) -> None:
+    """List what the last failover of a domain may have lost, if a loss was accepted for it."""
+    show(Manager(run).get("domains", name, "losses"), render.losses_page, as_json=as_json)
 
 
 @app.command()

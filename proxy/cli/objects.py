@@ -45,6 +45,13 @@ class SyncObject(TypedDict):
     seconds_left: float | None
 
 
+class LagObject(TypedDict):
+    """What at most would be lost if a backup had to take over as it is; ``seconds`` is None where nobody knows."""
+
+    bytes: int
+    seconds: float | None
+
+
 class LegSummary(TypedDict):
     """A leg in a list of domains."""
 
@@ -59,6 +66,7 @@ class LegObject(LegSummary):
 
     reason: str | None
     dirty_bytes: int
+    lag: LagObject | None
     sync: SyncObject | None
     devices: list[DeviceObject]
     extent_count: int
@@ -77,6 +85,7 @@ FailoverObject = TypedDict(
         "to": str,
         "replayed": int | None,
         "generation": int,
+        "lost_bytes": int,
     },
 )
 MigrationObject = TypedDict(
@@ -93,6 +102,14 @@ class HoldObject(TypedDict):
 
     at: str
     until: str | None
+
+
+class LossObject(TypedDict):
+    """Bytes of a disk that may be older than what clients were told is written."""
+
+    disk: str
+    offset: int
+    length: int
 
 
 class DiskObject(TypedDict):
@@ -169,12 +186,14 @@ class DomainObject(TypedDict):
     active: str
     replication: str
     failback: str
+    accept_loss: str
     hold: HoldObject | None
     migration: MigrationObject | None
     address: str
     listen: str | None
     trouble: str
     legs: list[LegObject]
+    rpo: LagObject | None
     clients: int
     disks: list[DiskObject]
     statistics: dict[str, Any] | None

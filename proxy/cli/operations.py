@@ -11,6 +11,8 @@ from proxy.cli.options import RUN_DEFAULT, Json, Run
 from proxy.cli.output import done, show
 from proxy.cli.plan import plan_failover
 from proxy.cli.verifying import check_verified, wait_verified
+from proxy.errors import RefusedError
+from proxy.sizes import format_size
 
 Domain = Annotated[str, typer.Argument(metavar="DOMAIN", help="The domain's name.")]
 
@@ -20,6 +22,13 @@ def failover(
     to: Annotated[
         str | None, typer.Option(metavar="GROUP", help="The leg to go to; else the preferred one that can.")
     ] = None,
+    accept_loss: Annotated[
+        bool,
+        typer.Option(
+            "--accept-loss",
+            help="Serve from a leg that lacks some of what was written, since none is left that does not.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")
     ] = False,
@@ -28,10 +37,17 @@ def failover(
 ) -> None:
     """Make another leg of a domain the active one; clients notice nothing but a short wait."""
     manager = Manager(run)
+    if dry_run and accept_loss:
+        raise RefusedError(
+            "what would be lost is known only when it is: --dry-run goes with no --accept-loss"
+        )
     if dry_run:
         show(plan_failover(manager.get("domains", name), to), render.plan_page, as_json=as_json)
         return
-    _say_active(manager.post("domains", name, "failover", body={"to": to}), as_json=as_json)
+    _say_active(
+        manager.post("domains", name, "failover", body={"to": to, "accept_loss": accept_loss}),
+        as_json=as_json,
+    )
 
 
 def failback(name: Domain, as_json: Json = False, run: Run = RUN_DEFAULT) -> None:
@@ -42,7 +58,8 @@ def failback(name: Domain, as_json: Json = False, run: Run = RUN_DEFAULT) -> Non
 def _say_active(domain: DomainObject, *, as_json: bool) -> None:
     last = domain["last_failover"]
     stall = f"; clients waited {last['stall_ms']:.1f} ms" if last and last["stall_ms"] is not None else ""
-    done(domain, f"domain {domain['name']}: active is {domain['active']} now{stall}", as_json=as_json)
+    lost = f"; {format_size(last['lost_bytes'])} may be lost" if last and last["lost_bytes"] else ""
+    done(domain, f"domain {domain['name']}: active is {domain['active']} now{stall}{lost}", as_json=as_json)
 
 
 def resync(

@@ -14,9 +14,11 @@ from proxy.cli.objects import (
     ExtentObject,
     FailoverObject,
     GroupObject,
+    LagObject,
     LastVerifyObject,
     LegObject,
     LegSummary,
+    LossObject,
     MigrationObject,
     PlanObject,
     StatusObject,
@@ -185,7 +187,9 @@ def _domain_facts(domain: DomainObject) -> list[tuple[str, Cell]]:
         ("size", format_size(domain["size"])),
         ("active", domain["active"]),
         ("replication", domain["replication"]),
+        ("rpo", _rpo(domain["rpo"])),
         ("failback", _failback(domain["failback"])),
+        ("accept-loss", _accept_loss(domain["accept_loss"])),
         ("generation", domain["map_generation"]),
         ("address", domain["address"]),
         ("clients", domain["clients"]),
@@ -193,7 +197,7 @@ def _domain_facts(domain: DomainObject) -> list[tuple[str, Cell]]:
         ("verify", _verify(domain)),
     ]
     if domain["listen"]:
-        facts.insert(5, ("listen", domain["listen"]))
+        facts.insert(7, ("listen", domain["listen"]))
     if (migration := domain["migration"]) is not None:
         facts.insert(0, ("migration", migration_text(migration)))
     if (hold := domain["hold"]) is not None:
@@ -215,8 +219,27 @@ def migration_text(migration: MigrationObject) -> str:
     )
 
 
+def _rpo(rpo: LagObject | None) -> str:
+    if rpo is None:
+        return "no backup"
+    if not rpo["bytes"]:
+        return "nothing would be lost"
+    return f"{_lag(rpo)} would be lost"
+
+
+def _lag(lag: LagObject | None) -> str:
+    if lag is None:
+        return "-"
+    since = "" if lag["seconds"] is None else f", {lag['seconds']:.1f} s"
+    return f"{format_size(lag['bytes'])}{since if lag['bytes'] else ''}"
+
+
 def _failback(policy: str) -> str:
     return policy if policy in ("manual", "immediate") else f"{policy} s after the preferred leg is uptodate"
+
+
+def _accept_loss(policy: str) -> str:
+    return policy if policy in ("manual", "immediate") else f"{policy} s after no other leg is left"
 
 
 def _failover(failover: FailoverObject | None) -> str:
@@ -227,6 +250,8 @@ def _failover(failover: FailoverObject | None) -> str:
         felt = (
             f", stalled {failover['stall_ms']:.1f} ms, {count(failover['replayed'] or 0, 'request')} replayed"
         )
+    if failover["lost_bytes"]:
+        felt += f", {format_size(failover['lost_bytes'])} may be lost"
     return f"{failover['at']} from {failover['from']} to {failover['to']}{felt}: {failover['reason']}"
 
 
@@ -270,15 +295,23 @@ def verify_page(last: LastVerifyObject) -> RenderableType:
     return _sections(_table(["DISK", ">OFFSET", ">LENGTH", "DIFFERS ON"], rows), Text(summary))
 
 
+def losses_page(losses: Sequence[LossObject]) -> RenderableType:
+    """The ranges that a failover has lost."""
+    rows = [(one["disk"], one["offset"], one["length"]) for one in losses]
+    total = format_size(sum(one["length"] for one in losses))
+    return _sections(_table(["DISK", ">OFFSET", ">LENGTH"], rows), Text(f"{total} may be lost"))
+
+
 def _legs_table(legs: Sequence[LegObject]) -> RenderableType:
     return _table(
-        ["LEG", "ROLE", "STATE", ">DIRTY", "SYNC", "REASON"],
+        ["LEG", "ROLE", "STATE", ">DIRTY", ">LAG", "SYNC", "REASON"],
         [
             (
                 leg["group"],
                 leg["role"],
                 Text.assemble(_state(leg["state"]), ", blocked" if leg["blocked"] else ""),
                 format_size(leg["dirty_bytes"]),
+                _lag(leg["lag"]),
                 _sync(leg),
                 leg["reason"] or "-",
             )

@@ -11,7 +11,7 @@ from uuid import UUID
 import trio
 
 from backends import OpenDevice, open_device
-from proxy.dirtymap import INTENT, LegContent
+from proxy.dirtymap import INTENT, LegContent, marked_ranges
 from proxy.domainserver.bitmap import Bitmap, Disk, open_bitmap
 from proxy.domainserver.doors import Doors, export_of
 from proxy.domainserver.legs import DeviceOrder, Generations, LegError, label_leg, open_leg
@@ -24,11 +24,20 @@ log = logging.getLogger("standfast.control")
 
 #: How long a stop lets clients take their answers, and then the legs flush.
 STOP_PATIENCE_S = 5
+#: Between two looks at whether the dirty bitmap is on the disk.
+_WRITTEN_POLL_S = 0.005
 #: How long a manager may leave its socket unread before it is taken for dead.
 SEND_PATIENCE_S = 5
 
 #: Events that speak against a leg.
-_AGAINST = {EventKind.DEVICE_ERROR, EventKind.DEVICE_LOST, EventKind.DEADLINE_MISSED}
+_AGAINST = {
+    EventKind.DEVICE_ERROR,
+    EventKind.DEVICE_LOST,
+    EventKind.DEADLINE_MISSED,
+    EventKind.LEG_BEHIND,
+}
+#: Those that hold for as long as the leg is open; others the engine reports anew if they still do.
+_FOR_GOOD = {EventKind.DEVICE_LOST.name, EventKind.LEG_BEHIND.name}
 
 
 @dataclass(slots=True)
@@ -94,8 +103,10 @@ class Server:
         self._verified: dict[str, Any] | None = None  # what the last one found, until a manager has noted it
         self._bitmap: Bitmap | None = None
         self._away: tuple[UUID, ...] = ()
+        self._outdated_since: dict[UUID, float] = {}  # on trio's clock
         self._held = True
         self._generation = 0
+        self._active = 0  # the number of the leg
         self._maps: set[int] = set()  # generations of those that requests still run under
         self._listening: str | None = None
         self._is_open = False
@@ -186,7 +197,8 @@ class Server:
         if leg is None:
             return
         if event.kind in _AGAINST:
-            leg.against = leg.against or _message(event)
+            if leg.against is None or event.kind.name in _FOR_GOOD:
+                leg.against = _message(event)
             log.warning("leg %s (%d): %s", leg.group, event.leg, event)
         elif event.kind is EventKind.COPIED:
             leg.copied = event.code == 0
@@ -236,6 +248,7 @@ class Server:
 
     async def _status(self, frame: Frame) -> dict[str, Any]:
         statistics = self.engine.statistics()
+        now = trio.current_time()
         return {
             "statistics": statistics._asdict(),
             "clients": list(self.doors.clients.values()),
@@ -243,10 +256,13 @@ class Server:
                 str(leg_id): {
                     "devices": [device._asdict() for device in self.engine.device_statistics(leg_id)],
                     "copy": self._copy_status(leg_id),
+                    "backlog": self._backlog_status(leg_id),
                 }
                 for leg_id in self._legs
             },
             "dirty_bytes": self._dirty_bytes(),
+            "doubtful_bytes": self._doubtful_bytes(),
+            "outdated_s": {str(group): now - since for group, since in self._outdated_since.items()},
             "marked_bytes": self.engine.dirty_bytes(INTENT, away=False),
             "verify": None if self._verify is None else self._verify_report(),
         }
@@ -269,12 +285,27 @@ class Server:
             return None
         return {"copied": progress[0], "total": progress[1], "seconds": trio.current_time() - began}
 
+    def _backlog_status(self, leg_id: int) -> dict[str, Any]:
+        """What a leg that lags has yet to get, and since when the oldest of it has been answered."""
+        count, age_ns = self.engine.backlog(leg_id)
+        return {"bytes": count, "seconds": age_ns / 1e9}
+
     def _dirty_bytes(self) -> dict[str, int]:
         """What each leg lacks, by the uuid of its group."""
         if self._bitmap is None:
             return {}
         return {
             str(group): self.engine.dirty_bytes(plane, away=group in self._away)
+            for plane, group in enumerate(self._bitmap.content.groups, 1)
+            if group is not None
+        }
+
+    def _doubtful_bytes(self) -> dict[str, int] | None:
+        """What each leg lacks if it has not been sent the last writes; None: that is not known yet."""
+        if self._bitmap is None or not self._generation:
+            return None
+        return {
+            str(group): self.engine.dirty_bytes(plane, away=True)
             for plane, group in enumerate(self._bitmap.content.groups, 1)
             if group is not None
         }
@@ -299,6 +330,21 @@ class Server:
                 f"the dirty bitmap {body['path']} cannot be written: {error.strerror}"
             ) from error
         return distrust
+
+    async def _give_up(self, frame: Frame) -> list[tuple[int, int]]:
+        """Prepare for a leg to serve that lacks something; what that is, (offset, length) in bytes of the domain."""
+        assert self._bitmap is not None
+        plane = self._bitmap.content.plane_of(UUID(frame.body["uuid"]))
+        if plane is None:
+            raise RefusedError("nothing is known of what it lacks")
+        lacking, written = self.engine.give_up_to(plane)
+        with trio.move_on_after(frame.body["timeout_s"]):
+            while not written:
+                await trio.sleep(_WRITTEN_POLL_S)
+                lacking, written = self.engine.give_up_to(plane)
+        if not written:
+            raise RefusedError("the dirty bitmap cannot be written")
+        return marked_ranges(lacking, self._bitmap.content.region_shift, self._bitmap.content.size)
 
     async def _pace(self, frame: Frame) -> None:
         self.engine.pace_copies(rate=frame.body["rate"], floor=frame.body["floor"])
@@ -359,16 +405,25 @@ class Server:
                 for index, disk in enumerate(disks)
             ],
             tracking=tracking,
+            backlog=frame.body["backlog"],
         )
+        self._note_outdated(frame.body)
         self._generation = frame.body["generation"]
+        self._active = next(leg_id for leg_id, role in legs if role is LegRole.ACTIVE)
         self._maps.add(self._generation)
         for leg_id, _ in legs:
             self._legs[leg_id].mapped = True
         for leg in self._legs.values():
-            # The engine reports anew what still is so, except a lost stream, which stays lost.
-            if leg.against and leg.against["kind"] != EventKind.DEVICE_LOST.name:
+            if leg.against and leg.against["kind"] not in _FOR_GOOD:
                 leg.against = None
         await self._offer(disks)
+
+    def _note_outdated(self, body: dict[str, Any]) -> None:
+        """Remember since when which groups have not been up to date, as far as is known here."""
+        outdated = {UUID(leg["uuid"]) for leg in body["legs"] if leg["role"] == LegRole.SYNCING}
+        outdated |= set(self._away)
+        now = trio.current_time()
+        self._outdated_since = {group: self._outdated_since.get(group, now) for group in outdated}
 
     async def _track(self, body: dict[str, Any], places: list[ExtentMap]) -> Tracking | None:
         """What the engine needs to mark writes for a new map; None: the domain has one leg and no other."""
@@ -442,7 +497,7 @@ class Server:
     async def _reject_parked(self, frame: Frame) -> None:
         self.engine.fail_parked()
         for leg in self._legs.values():
-            if leg.against and leg.against["kind"] != EventKind.DEVICE_LOST.name:
+            if leg.against and leg.against["kind"] not in _FOR_GOOD:
                 leg.against = None
 
     async def _copy(self, frame: Frame) -> None:
@@ -490,10 +545,15 @@ class Server:
             while any(generation < newest for generation in self._maps):
                 await self._changed.wait()
         try:
-            code = await self._wait_done(self.engine.submit(RequestKind.ZERO, disk, offset, length))
-            if not code:
-                # Whoever is told that it is zeroed makes that durable, and a loss of power must not undo it.
-                code = await self._wait_done(self.engine.submit(RequestKind.FLUSH))
+            active = -1
+            code = 0
+            while not code and active != self._active:
+                # A leg that came to serve in between need not have been there when it was zeroed.
+                active = self._active
+                code = await self._wait_done(self.engine.submit(RequestKind.ZERO, disk, offset, length))
+                if not code:
+                    # Whoever is told that it is zeroed makes that durable, and a loss of power must not undo it.
+                    code = await self._wait_done(self.engine.submit(RequestKind.FLUSH))
         except OSError as error:
             code = error.errno or EIO
         await self._send({"event": {"kind": "ZEROED", "disk": disk, "code": code}})
@@ -531,7 +591,9 @@ class Server:
         # Who is left may merely not take its answers; what counts is whether something still runs.
         if not self._held and self._generation and not self.engine.statistics().running:
             with trio.move_on_after(STOP_PATIENCE_S):
-                self.clean = await self._wait_done(self.engine.submit(RequestKind.FLUSH)) == 0
+                code = await self._wait_done(self.engine.submit(RequestKind.FLUSH))
+                # A leg that fell behind has flushed what it has, and nobody may have recorded yet that it lacks some.
+                self.clean = code == 0 and not self.engine.statistics().behind
         log.info("stopping, %s", "clean" if self.clean else "not clean")
 
 
@@ -566,6 +628,7 @@ _OPERATIONS: dict[str, Callable[[Server, Frame], Awaitable[Any]]] = {
     "reject-parked": Server._reject_parked,
     "copy": Server._copy,
     "open-bitmap": Server._open_bitmap,
+    "give-up": Server._give_up,
     "pace": Server._pace,
     "verify": Server._begin_verify,
     "stop-verify": Server._stop_verify,

@@ -6,6 +6,7 @@ where the store's connection is not at home).
 
 import logging
 import os
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import FastAPI, Query, Request
@@ -48,6 +49,7 @@ class NewDomain(_Body):
     replication: str = "sync"
     listen: str = ""
     failback: str = "manual"
+    accept_loss: str = "manual"
 
 
 class Nothing(_Body):
@@ -77,6 +79,7 @@ class Policies(_Body):
     """Policies to set; what is absent stays as it is."""
 
     failback: str | None = None
+    accept_loss: str | None = None
 
 
 class NewDisk(_Body):
@@ -93,9 +96,10 @@ class Size(_Body):
 
 
 class Target(_Body):
-    """The group to go to; chosen by preference when absent."""
+    """The group to go to, chosen by preference when absent; it may lack something only if a loss is accepted."""
 
     to: str | None = None
+    accept_loss: bool = False
 
 
 class Verify(_Body):
@@ -215,7 +219,14 @@ def _add_domains(app: FastAPI, service: Service) -> None:
     @app.post("/domains", status_code=201)
     async def create_domain(body: NewDomain) -> dict[str, Any]:
         domain = await service.create_domain(
-            body.name, body.size, body.active, body.backups, body.replication, body.listen, body.failback
+            body.name,
+            body.size,
+            body.active,
+            body.backups,
+            body.replication,
+            body.listen,
+            body.failback,
+            body.accept_loss,
         )
         return await domain_view(service, domain)
 
@@ -248,7 +259,14 @@ def _add_domains(app: FastAPI, service: Service) -> None:
 
     @app.post("/domains/{name}/failover")
     async def fail_over(name: str, body: Target) -> dict[str, Any]:
-        return await domain_view(service, await service.fail_over(name, body.to))
+        return await domain_view(
+            service, await service.fail_over(name, body.to, accept_loss=body.accept_loss)
+        )
+
+    @app.get("/domains/{name}/losses")
+    async def list_losses(name: str) -> list[dict[str, Any]]:
+        """What the last failover has lost, by disk and offset, all of it."""
+        return [asdict(one) for one in service.losses(name)]
 
     @app.post("/domains/{name}/verify")
     async def verify(name: str, body: Verify) -> dict[str, Any]:
@@ -284,7 +302,8 @@ def _add_domains(app: FastAPI, service: Service) -> None:
 
     @app.post("/domains/{name}/set")
     async def set_domain(name: str, body: Policies) -> dict[str, Any]:
-        return await domain_view(service, service.set_domain(name, failback=body.failback))
+        changed = service.set_domain(name, failback=body.failback, accept_loss=body.accept_loss)
+        return await domain_view(service, changed)
 
     @app.post("/domains/{name}/resync")
     async def resync(name: str, body: Resync) -> dict[str, Any]:

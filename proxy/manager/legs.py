@@ -25,6 +25,7 @@ _EVIDENCE = {
     "DEVICE_ERROR": EvidenceKind.ERROR,
     "DEVICE_LOST": EvidenceKind.LOST,
     "DEADLINE_MISSED": EvidenceKind.DEADLINE,
+    "LEG_BEHIND": EvidenceKind.BEHIND,
 }
 
 
@@ -271,6 +272,9 @@ class Legs:
 def evidence_of(leg: Leg, event: Mapping[str, Any]) -> Evidence:
     """What an event of the domain server says against a leg."""
     code = event["code"]
+    if event["kind"] == "LEG_BEHIND":
+        slow = "it takes writes more slowly than clients make them"
+        return Evidence(EvidenceKind.BEHIND, leg.group.name, detail=slow)
     return Evidence(_EVIDENCE[event["kind"]], leg.group.devices[event["device"]].url, code, os.strerror(code))
 
 

@@ -7,7 +7,7 @@ from proxy.allocator import round_up
 from proxy.engine.types import LegRole
 from proxy.extentmap import ExtentMap, Range, Run, group_map
 from proxy.failover import Record
-from proxy.model import BLOCK_SIZE_MAX, Group, LegState
+from proxy.model import BLOCK_SIZE_MAX, Group, LegState, LostRange
 from proxy.store import DiskRecord, DomainRecord
 
 
@@ -64,6 +64,22 @@ def verify_ranges(disks: Sequence[DiskRecord]) -> list[tuple[int, int, int]]:
     What is allotted beyond, or to a disk not ready yet, may not have been zeroed on every leg.
     """
     return [(disk.number, 0, round_up(disk.size, BLOCK_SIZE_MAX)) for disk in disks if disk.ready]
+
+
+def lost_ranges(disks: Sequence[DiskRecord], lacking: Sequence[Sequence[int]]) -> list[LostRange]:
+    """What of which disk lies in ranges (offset, length) of the domain, ascending; by disk and offset."""
+    lost = []
+    for disk in disks:
+        start = 0  # of a part, on the disk
+        for part in disk.ranges if disk.ready else ():
+            end = min(part.length, disk.size - start)
+            for offset, length in lacking:
+                first = max(offset - part.offset, 0)
+                last = min(offset + length - part.offset, end)
+                if first < last:
+                    lost.append(LostRange(disk.name, start + first, last - first))
+            start += part.length
+    return lost
 
 
 def copy_ranges(disks: Sequence[DiskRecord]) -> list[tuple[int, int, int]]:

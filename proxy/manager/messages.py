@@ -9,7 +9,7 @@ from proxy.extentmap import Run
 from proxy.failover import Transition
 from proxy.label import label_of
 from proxy.manager.maps import device_ranges
-from proxy.model import Group, LegState, Mismatch, Severity, VerifyOutcome, VerifyReceipt
+from proxy.model import Group, LegState, LostRange, Mismatch, Severity, VerifyOutcome, VerifyReceipt
 from proxy.sizes import format_size
 from proxy.store import DiskRecord, NewEvent
 
@@ -86,6 +86,19 @@ def verified(domain: str, receipt: VerifyReceipt) -> NewEvent:
     elif receipt.mismatched or receipt.unreadable or receipt.outcome is not VerifyOutcome.COMPLETE:
         severity = Severity.WARNING
     return NewEvent(severity, "verified", ", ".join(parts), domain)
+
+
+def lost(domain: str, transition: Transition, ranges: Sequence[LostRange]) -> list[NewEvent]:
+    """What is told of a failover that a loss was accepted for."""
+    if not ranges:
+        return []
+    amount = format_size(sum(one.length for one in ranges))
+    disks = ", ".join(sorted({one.disk for one in ranges}))
+    message = (
+        f"domain {domain}: {transition.after.active} lacked {amount} in {len(ranges)} ranges of {disks}, which are "
+        f"older now than what clients were told is written; they are listed by: standfast domain losses {domain}"
+    )
+    return [NewEvent(Severity.ERROR, "data-lost", message, domain)]
 
 
 def transition_events(domain: str, transition: Transition) -> list[NewEvent]:

@@ -20,22 +20,25 @@ from proxy.errors import InvalidError, NotFoundError, RefusedError
 from proxy.extentmap import Run
 from proxy.failover import Change, LegRecord, Record
 from proxy.manager import groups, process
+from proxy.manager.holds import release_change
 from proxy.manager.labels import Labels
 from proxy.manager.legs import is_remote
-from proxy.manager.session import Order, Session, release_change
+from proxy.manager.orders import Order
+from proxy.manager.session import Session
 from proxy.manager.settings import Settings
 from proxy.manager.supervisor import STOP_PATIENCE_S, Host, Supervisor
 from proxy.model import (
-    FAILBACK_MANUAL,
     LEGS_MAX,
+    MANUAL,
     Desired,
     Group,
     LegState,
-    Replication,
+    LostRange,
     Severity,
     check_name,
-    parse_failback,
+    parse_delay,
     parse_layout,
+    parse_replication,
 )
 from proxy.sizes import format_size, parse_size
 from proxy.store import Change as StoreChange
@@ -220,7 +223,8 @@ class Service:
         backups: Sequence[str],
         replication: str,
         listen: str,
-        failback: str = str(FAILBACK_MANUAL),
+        failback: str = str(MANUAL),
+        accept_loss: str = str(MANUAL),
     ) -> DomainRecord:
         """Allot a domain's space on every leg and put it online; its first sync goes on in the background.
 
@@ -229,8 +233,9 @@ class Service:
         """
         check_name("domain", name)
         size_bytes = round_up(parse_size(size))
-        self._check_replication(replication)
-        policy = parse_failback(failback)
+        mode = parse_replication(replication)
+        failback_policy = parse_delay("failback", failback)
+        loss_policy = parse_delay("accept-loss", accept_loss)
         self._check_paths(name)
         _check_address(listen)
         names = [active, *backups]
@@ -252,12 +257,13 @@ class Service:
                 name,
                 uuid4(),
                 size_bytes,
-                Replication.SYNC,
+                mode,
                 listen,
                 record,
                 runs,
                 time.time(),
-                failback=policy,
+                failback=failback_policy,
+                accept_loss=loss_policy,
             )
             supervisor = self._supervise(name)
             try:
@@ -271,12 +277,6 @@ class Service:
                     await self._take_away(name)
                 raise
         return self.store.domain(name)
-
-    def _check_replication(self, replication: str) -> None:
-        if replication not in set(Replication):
-            raise InvalidError(f"replication {replication!r} is neither sync nor async")
-        if replication == Replication.ASYNC:
-            raise RefusedError("asynchronous replication is not there yet; use --replication sync")
 
     def _check_paths(self, name: str) -> None:
         path = self.run_directory / name / "control.sock~"
@@ -357,12 +357,17 @@ class Service:
                 f"{what} has {len(clients)} clients (disk {used}); end them first, or say --force"
             )
 
-    async def fail_over(self, name: str, target: str | None) -> DomainRecord:
+    async def fail_over(self, name: str, target: str | None, *, accept_loss: bool = False) -> DomainRecord:
         """Change the active leg, as ordered; returns when clients are served from the new one.
 
+        Args:
+            accept_loss: the new one may lack what clients were told is written; only if there is no other way.
+
         Raises:
-            RefusedError: no leg, or not that one, can take over.
+            RefusedError: no leg, or not that one, can take over; or nothing would have to be lost.
         """
+        if accept_loss:
+            return await self._accept_loss(name, target)
 
         async def begin(session: Session) -> tuple[int, str]:
             chosen = target or session.machine.successor()
@@ -377,6 +382,32 @@ class Service:
             return generation, chosen
 
         return await self._switch(name, begin)
+
+    async def _accept_loss(self, name: str, target: str | None) -> DomainRecord:
+        supervisor = self._supervisor(name)
+
+        async def begin(session: Session) -> tuple[int, str, Order]:
+            record = session.machine.record
+            others = [leg.group for leg in record.legs if leg.group != record.active]
+            if target is None and len(others) > 1:
+                raise RefusedError(
+                    f"domain {name} has several legs that lack something; say which is to serve: --to "
+                    + " or ".join(others)
+                )
+            chosen = target or (others[0] if others else record.active)
+            return record.generation, chosen, session.losses.accept(chosen, "the operator accepts a loss")
+
+        before, chosen, order = await supervisor.do(begin)
+        await order.outcome()
+
+        async def begun(session: Session) -> tuple[int, str]:
+            return before, chosen
+
+        return await self._switch(name, begun)
+
+    def losses(self, name: str) -> list[LostRange]:
+        """What the last failover of a domain that has lost anything has lost, by disk and offset."""
+        return self.store.losses(self.store.domain(name).domain.id)
 
     async def fail_back(self, name: str) -> DomainRecord:
         """Return to the preferred leg; returns when clients are served from it.
@@ -433,7 +464,7 @@ class Service:
         supervisor = self._supervisor(name)
 
         async def begin(session: Session) -> Order:
-            return await session.hold(timeout_s)
+            return await session.holds.begin(timeout_s)
 
         order = await supervisor.do(begin)
         try:
@@ -455,7 +486,7 @@ class Service:
         if name in self.supervisors:
 
             async def release(session: Session) -> None:
-                await session.release(why)
+                await session.holds.release(why)
 
             await self.supervisors[name].do(release)
         elif domain.hold is None:
@@ -483,7 +514,7 @@ class Service:
                 raise NotFoundError(f"domain {name} has no leg on a group {source}")
 
             async def begin(session: Session) -> None:
-                await session.add_leg(target, runs, replaces=source or session.machine.record.active)
+                await session.moves.add_leg(target, runs, replaces=source or session.machine.record.active)
 
             await supervisor.do(begin)
             self.note_change()
@@ -500,8 +531,8 @@ class Service:
             runs = self._allot_leg(name, group)
 
             async def begin(session: Session) -> Order:
-                await session.add_leg(group, runs, replaces=None)
-                return session.resync(group)
+                await session.moves.add_leg(group, runs, replaces=None)
+                return session.resyncs.begin(group)
 
             order = await supervisor.do(begin)
             self.note_change()
@@ -546,24 +577,32 @@ class Service:
                 self._check_settled(domain)
 
             async def begin(session: Session) -> None:
-                session.remove_leg(group)
+                session.moves.remove_leg(group)
 
             await supervisor.do(begin)
             self.note_change()
         return self.store.domain(name)
 
-    def set_domain(self, name: str, *, failback: str | None) -> DomainRecord:
+    def set_domain(
+        self, name: str, *, failback: str | None = None, accept_loss: str | None = None
+    ) -> DomainRecord:
         """Change a domain's policies; what is None stays as it is.
 
         Raises:
             InvalidError: there is no such policy.
         """
         domain = self.store.domain(name)
-        if failback is not None:
-            policy = parse_failback(failback)
-            message = f"failback of domain {name} is {policy} now"
-            event = NewEvent(Severity.INFO, "domain-set", message, name)
-            self.store.change(domain.domain.id, StoreChange(failback=policy, events=[event]), time.time())
+        change = StoreChange(
+            failback=None if failback is None else parse_delay("failback", failback),
+            accept_loss=None if accept_loss is None else parse_delay("accept-loss", accept_loss),
+            events=[
+                NewEvent(Severity.INFO, "domain-set", f"{what} of domain {name} is {policy} now", name)
+                for what, policy in (("failback", failback), ("accept-loss", accept_loss))
+                if policy is not None
+            ],
+        )
+        if change.events:
+            self.store.change(domain.domain.id, change, time.time())
             if name in self.supervisors:
                 self.supervisors[name].nudge()
             self.note_change()
@@ -593,7 +632,7 @@ class Service:
         async def begin(session: Session) -> list[Order]:
             if rate_bytes is not None:
                 await session.pace_copies(rate_bytes)
-            return [session.resync(one) for one in wanted]
+            return [session.resyncs.begin(one) for one in wanted]
 
         for order in await supervisor.do(begin):
             await order.outcome()
@@ -649,8 +688,9 @@ class Service:
             ranges = allot_ranges(domain.domain.size, taken, size_bytes)
             number = self.store.next_disk_number(domain.domain.id)
             disk = DiskRecord(number, disk_name, size_bytes, ranges, ready=False)
-            supervisor.making.add(number)
             await session.change(Change({}, f"disk {disk_name} is made"), StoreChange(add_disk=disk))
+            # Not before: should that be recorded and the domain server end over it, nobody makes the disk any more.
+            supervisor.making.add(number)
             return disk
 
         async def offer(session: Session) -> None:
@@ -723,8 +763,9 @@ class Service:
 
         disk = await supervisor.do(allot_more)
         try:
-            # All beyond the old end, since an earlier attempt may have allotted it and not zeroed it.
-            await self._zero(supervisor, disk, round_up(disk.size), _space(disk))
+            # All beyond the old end: an earlier attempt may have allotted it and not zeroed it, and of a leg that
+            # serves although it lacked something what no client could see is not known either.
+            await self._zero(supervisor, disk, disk.size, _space(disk))
             await supervisor.do(show)
         finally:
             # If it has not grown by now the session takes the space back, as after a crash.

@@ -1,7 +1,8 @@
 """The manager's dealings with one domain server, from its start or adoption until it is gone.
 
 One queue, one thing at a time: what the server told, a leg that was opened, an operator's order, the
-clock. The machine (``proxy.failover``) says what follows and ``_carry_out`` does it, in order.
+clock. The machine (``proxy.failover``) says what follows and ``_carry_out`` does it, in order. What takes
+several steps, each when the one before is done, has a module of its own: ``resyncs``, ``moves``, ``holds``, ``losses``.
 """
 
 import logging
@@ -9,8 +10,8 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,9 @@ from proxy.failover import (
     Failover,
     Fence,
     Hold,
-    HoldOrdered,
     Input,
     Install,
     Installed,
-    LegDismissed,
     LegLost,
     LegReturned,
     MakeDurable,
@@ -44,20 +43,23 @@ from proxy.failover import (
     RecordFailed,
     RejectParked,
     Release,
-    ReleaseOrdered,
     RetryRecord,
     Started,
     Stuck,
     Transition,
 )
 from proxy.manager import maps, messages
+from proxy.manager.holds import Holds
 from proxy.manager.labels import Labels
 from proxy.manager.legs import Leg, Legs, Numbers, evidence_of, is_evidence, is_remote
 from proxy.manager.link import CommandError, Link, ServerGoneError
+from proxy.manager.losses import Losses
+from proxy.manager.moves import Moves
+from proxy.manager.orders import Order, nothing
+from proxy.manager.resyncs import Resyncs
 from proxy.manager.settings import Settings
-from proxy.migration import Migration, Step, next_step
-from proxy.model import FailoverReceipt, Group, LegState, OperatorHold, Severity
-from proxy.sizes import KIB, MIB, format_size
+from proxy.model import FailoverReceipt, Group, LegState, Replication, Severity
+from proxy.sizes import KIB, MIB
 from proxy.store import Change as StoreChange
 from proxy.store import DiskRecord, DomainRecord, NewEvent, Store
 
@@ -67,28 +69,6 @@ log = logging.getLogger("standfast.session")
 FAILBACK_PAUSE_S = 30.0
 #: Phases in which nothing is under way.
 AT_REST = (Phase.SERVING, Phase.HELD, Phase.PAUSED)
-
-
-@dataclass(slots=True)
-class Order:
-    """An operator's order, carried out in its turn. ``work`` runs with nothing else under way."""
-
-    work: Callable[["Session"], Awaitable[Any]]
-    begun: bool = False
-    done: trio.Event = field(default_factory=trio.Event)
-    result: Any = None
-    error: Exception | None = None
-
-    def finish(self, error: Exception | None = None) -> None:
-        """Tell whoever waits for it."""
-        self.error = error
-        self.done.set()
-
-    async def outcome(self) -> None:
-        """Return when it is done; raise what it failed with."""
-        await self.done.wait()
-        if self.error is not None:
-            raise self.error
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,34 +127,35 @@ class Session:
         self.link = link
         self.store = store
         domain = store.domain(name)
-        self.machine = Failover(domain.record, operator_hold=domain.hold is not None)
+        self.machine = Failover(
+            domain.record,
+            asynchronous=domain.domain.replication is Replication.ASYNC,
+            operator_hold=domain.hold is not None,
+        )
         self.legs = Legs(link, settings, numbers)
         self._numbers = numbers
         self.stuck = ""
         self._making = making
         self._labels = labels
         self._bitmap = bitmap
-        self._settings = settings
+        self.settings = settings
         self._nursery = nursery
         self._post = post
         self._queue = queue
         self._changed = changed
         self._postponed: deque[Order] = deque()
-        self._resyncs: dict[str, Order] = {}
+        self.resyncs = Resyncs(self)
+        self.losses = Losses(self)
+        self.moves = Moves(self)
+        self.holds = Holds(self)
         self._verifying = False
         self._zeroing: dict[int, Order] = {}
-        self._holding: Order | None = None  # done when an operator's hold has been reached
-        self._flush_token: int | None = None  # of the flush that an operator's hold ends with
-        self._flushed_generation = 0  # of the map under which it has
         self._door_due = ""  # the TCP address that could not be had yet
         self._hold_number = 0
         self._unsettled: int | None = None
         self._unlabelled = ""  # the group that has become active, until clients are served from it
         self._with_record = StoreChange()  # what goes into the transaction of the next record
         self._store_error = ""
-        self._migrating = False
-        self._migration_from = -math.inf  # no step of it before this, on trio's clock
-        self._migration_sync: Order | None = None  # the last attempt to reach where it goes
         self._failback_since: float | None = None  # since when the preferred leg could be returned to
         self._failback_from = -math.inf  # no automatic failback before this, on trio's clock
 
@@ -185,10 +166,10 @@ class Session:
 
         It holds from the beginning: clients that come back connect at once, and wait for the rest.
         """
-        domain = self.store.domain(self.name)
-        groups = self._groups()
+        domain = self.domain
+        groups = self.groups()
         await self._open_bitmap(domain, groups)
-        await self.pace_copies(self._settings.resync_rate_mib_s * MIB)
+        await self.pace_copies(self.settings.resync_rate_mib_s * MIB)
         if domain.domain.listen:
             await self._listen(domain.domain.listen, is_new=domain.record.generation == 1)
         await self.offer(domain.disks)
@@ -223,10 +204,10 @@ class Session:
                 self.legs.suspect(groups[leg.group])
             remote = [group for group, leg in self.legs.open.items() if is_remote(leg.group)]
             if remote:
-                await trio.sleep(self._settings.quarantine_s)
+                await trio.sleep(self.settings.quarantine_s)
                 for group in remote:
                     self.legs.trust(group)
-        await self._feed(Started(lost, unclean=domain.session_open))
+        await self.feed(Started(lost, unclean=domain.session_open))
 
     async def _open_bitmap(self, domain: DomainRecord, groups: Mapping[str, Group]) -> None:
         """Have the domain server mark what is written to, beginning with what is known of each leg."""
@@ -237,7 +218,7 @@ class Session:
             size=domain.domain.size,
             session=domain.session,
             clean=not domain.session_open,
-            least_shift=(self._settings.bitmap_region_kib * KIB).bit_length() - 1,
+            least_shift=(self.settings.bitmap_region_kib * KIB).bit_length() - 1,
             legs=[
                 {"uuid": str(groups[leg.group].uuid), "uptodate": leg.state is LegState.UPTODATE}
                 for leg in domain.record.legs
@@ -254,11 +235,11 @@ class Session:
 
     async def pace_copies(self, rate: int) -> None:
         """Let copies take ``rate`` bytes a second at most; 0: all the devices give."""
-        await self.link.call("pace", rate=rate, floor=self._settings.resync_floor_mib_s * MIB)
+        await self.link.call("pace", rate=rate, floor=self.settings.resync_floor_mib_s * MIB)
 
     async def adopt(self) -> None:
         """Take over a domain server that a manager before us had."""
-        groups = self._groups()
+        groups = self.groups()
         hello = await self.link.call("hello")
         if hello["generation"] == 0:
             # It was being started and serves nobody; what its start had to see to, only its starter knew.
@@ -297,9 +278,19 @@ class Session:
         self._verifying = status["verify"] is not None
         if hello["verified"] is not None:
             await self._take_verified(hello["verified"])
-        await self._feed(Adopted(lost, frozenset(present), hello["held"], hello["generation"]))
+        await self.feed(Adopted(lost, frozenset(present), hello["held"], hello["generation"]))
 
-    def _groups(self) -> dict[str, Group]:
+    @property
+    def domain(self) -> DomainRecord:
+        """What the store says of the domain now."""
+        return self.store.domain(self.name)
+
+    def write(self, change: StoreChange) -> None:
+        """Record a change that no new record of legs goes with. Raises StoreError."""
+        self.store.change(self.domain.domain.id, change, time.time())
+
+    def groups(self) -> dict[str, Group]:
+        """All groups there are, by name."""
         return {group.name: group for group in self.store.groups()}
 
     # --- The queue --------------------------------------------------------------------------------
@@ -317,7 +308,7 @@ class Session:
             item = await self._next()
             if item is None:
                 if self.machine.phase is Phase.UNRECORDED:
-                    await self._feed(RetryRecord())
+                    await self.feed(RetryRecord())
             elif isinstance(item, Order):
                 await self._take_order(item)
             elif item.link is not self.link:
@@ -331,9 +322,10 @@ class Session:
 
     def close(self) -> None:
         """The server is gone: nobody need wait for what only it could have done."""
-        error = self._ended()
-        holding = [self._holding] if self._holding is not None else []
-        for order in [*self._resyncs.values(), *self._zeroing.values(), *holding]:
+        error = self.ended()
+        for part in (self.resyncs, self.losses, self.holds):
+            part.close(error)
+        for order in self._zeroing.values():
             order.finish(error)
         for order in self._postponed:
             self._post.send_nowait(order)
@@ -341,14 +333,15 @@ class Session:
             message = f"the verify of domain {self.name} was interrupted: its domain server ended"
             self.tell(Severity.WARNING, "verified", message)
 
-    def _ended(self) -> RefusedError:
+    def ended(self) -> RefusedError:
+        """What those are told who waited for a server that is gone."""
         return RefusedError(f"the domain server of {self.name} ended meanwhile; try again")
 
     async def _next(self) -> Item | None:
         """The next thing, or None when it is only time to look again."""
         if self._postponed and self.machine.phase in AT_REST:
             return self._postponed.popleft()
-        with trio.move_on_after(self._settings.reopen_interval_s if self._is_waiting() else math.inf):
+        with trio.move_on_after(self.settings.reopen_interval_s if self._is_waiting() else math.inf):
             return await self._queue.receive()
         return None
 
@@ -356,16 +349,10 @@ class Session:
         """Whether something is to be looked at again although nobody will tell."""
         return (
             self.machine.phase in (Phase.HELD, Phase.PAUSED, Phase.UNRECORDED)
-            or bool(self._resyncs)
+            or self.resyncs.is_waiting()
+            or self.moves.is_waiting
             or bool(self._door_due)
-            or self._migrating
             or self._failback_since is not None
-            or any(leg.copied for leg in self.legs.open.values())
-            or any(
-                leg.state is LegState.SYNCING and not self.legs.open[leg.group].copying
-                for leg in self.machine.record.legs
-                if leg.group in self.legs.open
-            )
         )
 
     async def _take_order(self, order: Order) -> None:
@@ -382,7 +369,7 @@ class Session:
         except CommandError as error:
             order.finish(RefusedError(str(error)))
         except BaseException:
-            order.finish(self._ended())
+            order.finish(self.ended())
             raise
         else:
             order.finish()
@@ -391,10 +378,8 @@ class Session:
         self.legs.opened(opened.group, opened.result)
         if isinstance(opened.result, Leg):
             return
-        if opened.group in self._resyncs:
-            self._resyncs.pop(opened.group).finish(
-                RefusedError(f"{opened.group} cannot be synced: {opened.result}")
-            )
+        self.losses.withdraw(opened.group, RefusedError(f"{opened.group} cannot serve: {opened.result}"))
+        self.resyncs.withdraw(opened.group, RefusedError(f"{opened.group} cannot be synced: {opened.result}"))
 
     async def _take_event(self, event: dict[str, Any]) -> None:
         kind = event["kind"]
@@ -404,7 +389,7 @@ class Session:
                 await self._take_evidence(leg, event)
         elif kind == "DRAINED":
             if event["a"] == self._hold_number:
-                await self._feed(Drained())
+                await self.feed(Drained())
         elif kind == "LEG_DRAINED":
             await self.legs.drained(event["leg"], event["a"])
         elif kind == "LEG_CLOSED":
@@ -420,7 +405,7 @@ class Session:
             if leg is not None:
                 await self._take_repair(leg, event)
         elif kind == "FLUSHED":
-            self._take_flushed(event)
+            self.holds.flushed(event)
         elif kind == "REPLAYED":
             self._settle_failover(event["a"], event["b"])
         elif kind == "ZEROED" and event["disk"] in self._zeroing:
@@ -434,7 +419,7 @@ class Session:
         if leg.fresh_at is not None and not in_use:
             await self.legs.discard(leg)  # opened again, and lost again before it was of any use
         else:
-            await self._feed(LegLost(group, evidence_of(leg, event)))
+            await self.feed(LegLost(group, evidence_of(leg, event)))
 
     def _tell_bitmap(self, code: int) -> None:
         if code:
@@ -450,7 +435,7 @@ class Session:
 
     async def _take_verified(self, found: dict[str, Any]) -> None:
         self._verifying = False
-        domain = self.store.domain(self.name)
+        domain = self.domain
         now = time.time()
         receipt = messages.verify_receipt(found, domain.disks, now)
         event = messages.verified(self.name, receipt)
@@ -468,13 +453,13 @@ class Session:
         cause = os.strerror(event["code"])
         self._record_event(messages.read_repaired(self.name, device, cause, event["a"], event["b"]))
         now = trio.current_time()
-        window_s = self._settings.read_repairs_window_s
+        window_s = self.settings.read_repairs_window_s
         leg.repaired_at.append(now)
         while leg.repaired_at[0] < now - window_s:
             leg.repaired_at.popleft()
         # As long as there is no other leg to go to, this one is the best there is.
         if (
-            len(leg.repaired_at) > self._settings.read_repairs_max
+            len(leg.repaired_at) > self.settings.read_repairs_max
             and self.machine.phase is Phase.SERVING
             and leg.group.name == self.machine.record.active
             and self.machine.successor() is not None
@@ -482,22 +467,12 @@ class Session:
             detail = f"{len(leg.repaired_at)} reads had to be repaired within {window_s:g} s"
             leg.repaired_at.clear()
             evidence = Evidence(EvidenceKind.ERROR, device, event["code"], detail)
-            await self._feed(LegLost(leg.group.name, evidence))
-
-    def _take_flushed(self, event: dict[str, Any]) -> None:
-        if event["token"] != self._flush_token:
-            return  # of a hold or a map that is over
-        self._flush_token = None
-        if event["code"] == 0:
-            self._flushed_generation = self.machine.record.generation
-            if self._holding is not None:
-                self._holding.finish()
-                self._holding = None
+            await self.feed(LegLost(leg.group.name, evidence))
 
     def _settle_failover(self, replayed: int, longest_ns: int) -> None:
         if self._unsettled is None:
             return
-        domain = self.store.domain(self.name).domain
+        domain = self.domain.domain
         try:
             self.store.settle_failover(domain.id, self._unsettled, longest_ns / 1e6, replayed)
         except StoreError as error:
@@ -507,7 +482,7 @@ class Session:
 
     # --- The machine ------------------------------------------------------------------------------
 
-    async def _feed(self, event: Input) -> None:
+    async def feed(self, event: Input) -> None:
         """Give the machine an input, and carry out what it says and what follows from that."""
         inputs: deque[Input] = deque([event])
         while inputs:
@@ -548,6 +523,7 @@ class Session:
 
     def _make_durable(self, transition: Transition) -> Input:
         now = time.time()
+        lost = self.losses.lost if self.machine.accepted == transition.after.active else []
         receipt = None
         if transition.is_failover:
             receipt = FailoverReceipt(
@@ -557,16 +533,22 @@ class Session:
                 transition.before.active,
                 transition.after.active,
                 transition.is_planned,
+                lost_bytes=sum(one.length for one in lost),
             )
         change = replace(
             self._with_record,
             record=transition.after,
             session_open=True,
             failover=receipt,
-            events=[*self._with_record.events, *messages.transition_events(self.name, transition)],
+            lost=lost,
+            events=[
+                *self._with_record.events,
+                *messages.transition_events(self.name, transition),
+                *messages.lost(self.name, transition, lost),
+            ],
         )
         try:
-            self.store.change(self.store.domain(self.name).domain.id, change, now)
+            self.store.change(self.domain.domain.id, change, now)
         except StoreError as error:
             self._store_error = str(error)
             return RecordFailed(str(error))
@@ -577,9 +559,9 @@ class Session:
         return Recorded()
 
     async def _install(self, record: Record) -> None:
-        domain = self.store.domain(self.name)
+        domain = self.domain
         legs = [self.legs.open[group] for group in record.attached()]
-        groups = self._groups()
+        groups = self.groups()
         encoded = [*maps.disk_places(domain.disks), *maps.disk_maps(domain, [leg.group for leg in legs])]
         await self.link.call(
             "install",
@@ -593,6 +575,7 @@ class Session:
                 for leg in legs
             ],
             away=[str(groups[leg.group].uuid) for leg in record.legs if leg.group not in record.attached()],
+            backlog=self.settings.backlog_kib * KIB if self.machine.asynchronous else 0,
             disks=maps.disk_messages(domain.disks),
             map_bytes=[len(one) for one in encoded],
             payload=b"".join(encoded),
@@ -606,29 +589,27 @@ class Session:
             await self._listen(self._door_due, is_new=False)
         if self.machine.phase is Phase.HELD:
             await self._reopen_lost()
+        await self.losses.advance()
         if self.machine.operator_hold:
-            await self._advance_hold()
+            await self.holds.advance()
         if self.machine.phase is Phase.SERVING:
-            await self._advance_migration()
-        if self.machine.phase is Phase.SERVING:
-            await self._advance_resyncs()
-        if self.machine.phase is Phase.SERVING:
-            await self._advance_copies()
+            await self.moves.advance()
+        await self.resyncs.advance()
         if self.machine.phase is Phase.SERVING:
             await self._undo_half_made()
         if self.machine.phase is Phase.SERVING:
             await self._advance_failback()
 
-    def _begin_open(self, group: str) -> None:
+    def begin_open(self, group: str) -> None:
         """Open a leg while the queue goes on: a hung device must not keep a failover waiting."""
         if self.legs.may_open(group):
             self._nursery.start_soon(self._open, group)
 
     async def _open(self, group: str) -> None:
-        runs = self.store.domain(self.name).runs[group]
+        runs = self.domain.runs[group]
         result: Leg | Evidence
         try:
-            result = await self._connect(self._groups()[group], runs, fresh=True)
+            result = await self._connect(self.groups()[group], runs, fresh=True)
         except StoreOutdatedError as error:
             # Of a leg that has been away: whoever serves now has not noticed anything, and goes on.
             result = Evidence(EvidenceKind.UNREACHABLE, f"group {group}", detail=str(error))
@@ -646,8 +627,8 @@ class Session:
 
     async def _label(self, group: str) -> None:
         """Label a leg anew that has become the active one, so that a store of before is known for what it is."""
-        whole = self._groups()[group]
-        runs = self.store.domain(self.name).runs[group]
+        whole = self.groups()[group]
+        runs = self.domain.runs[group]
         try:
             async with self._labels.of(whole).begun(stale_welcome=False) as order:
                 await self.link.call(
@@ -655,7 +636,7 @@ class Session:
                     limit_s=math.inf,
                     devices=messages.device_orders(whole, runs, order.generation),
                     labels=order.allowed,
-                    timeout_s=self._settings.deadline_ms / 1000,
+                    timeout_s=self.settings.deadline_ms / 1000,
                 )
                 order.written()
         except (CommandError, ServerGoneError, StoreError) as error:
@@ -677,82 +658,25 @@ class Session:
     async def _reopen_lost(self) -> None:
         for group, evidence in list(self.machine.lost.items()):
             leg = self.legs.open.get(group)
+            if not self.machine.can_return(group):
+                continue
             if leg is None:
-                self._begin_open(group)
+                self.begin_open(group)
             elif leg.fresh_at is None:
                 # What only is late may still answer; what is gone has to be opened anew.
                 if evidence.kind is not EvidenceKind.DEADLINE:
                     await self.legs.discard(leg)
-            elif self.legs.trusted(leg):
+            elif self.legs.trusted(leg) and self.machine.can_return(group):
                 leg.fresh_at = None
                 if group == self.machine.record.active:
                     # What it had not flushed it may have lost: a copy of before is no copy of what it is now.
-                    for other in self.legs.open.values():
-                        other.copied = False
-                await self._feed(LegReturned(group))
+                    self.resyncs.put_off_copies()
+                await self.feed(LegReturned(group))
                 return
-
-    async def _advance_hold(self) -> None:
-        """Make durable what was drained, under each map anew; let clients go on when the hold's time is over."""
-        hold = self.store.domain(self.name).hold
-        if hold is not None and hold.until is not None and time.time() >= hold.until:
-            if self.machine.phase in (Phase.PAUSED, Phase.HELD):
-                try:
-                    await self.release("its time is over")
-                except StoreError as error:
-                    log.warning("domain %s: %s", self.name, error)
-            return
-        if self.machine.phase is not Phase.PAUSED:
-            self._flush_token = None
-        elif self._flushed_generation != self.machine.record.generation and self._flush_token is None:
-            self._flush_token = await self.link.call("flush")
-
-    async def _advance_resyncs(self) -> None:
-        for group, order in list(self._resyncs.items()):
-            leg = self.legs.open.get(group)
-            if leg is None:
-                await self.legs.abandon(self._groups()[group])
-                self._begin_open(group)
-            elif self.legs.trusted(leg):
-                del self._resyncs[group]
-                leg.fresh_at = None
-                try:
-                    await self.change(Change({group: LegState.SYNCING}, f"resync of {group}"), StoreChange())
-                except (StoreError, RefusedError) as error:
-                    order.finish(error)
-                except BaseException:
-                    order.finish(self._ended())
-                    raise
-                else:
-                    order.finish()
-                return
-
-    async def _advance_copies(self) -> None:
-        for record in self.machine.record.legs:
-            leg = self.legs.open.get(record.group)
-            if record.state is not LegState.SYNCING or leg is None or leg.copying:
-                continue
-            if not leg.copied:
-                disks = self.store.domain(self.name).disks
-                await self.link.call("copy", leg=leg.number, ranges=maps.copy_ranges(disks))
-                leg.copying = True
-                continue
-            leg.copied = False
-            amount = f"domain {self.name}: {format_size(leg.copied_bytes)} were copied to {record.group}"
-            copied = NewEvent(Severity.INFO, "copied", amount, self.name)
-            try:
-                await self.change(
-                    Change({record.group: LegState.UPTODATE}, f"{record.group} is synced"),
-                    StoreChange(events=[copied]),
-                )
-            except StoreError as error:
-                leg.copied = True  # tried again when the clock says so
-                log.warning("domain %s: %s", self.name, error)
-            return
 
     async def _undo_half_made(self) -> None:
         """Undo what making or growing a disk was cut short in by a crash; nobody has ever seen it."""
-        for disk in self.store.domain(self.name).disks:
+        for disk in self.domain.disks:
             if disk.number in self._making:
                 continue
             if not disk.ready:
@@ -765,73 +689,12 @@ class Session:
                 await self.change(Change({}, reason), StoreChange(resize_disk=replace(disk, ranges=ranges)))
                 return
 
-    async def _advance_migration(self) -> None:
-        """Take the next step of a move to another group; what cannot be done now is tried again."""
-        domain = self.store.domain(self.name)
-        migration = domain.migration
-        self._migrating = migration is not None
-        if migration is None or trio.current_time() < self._migration_from:
-            return
-        try:
-            await self._take_step(migration, next_step(self.machine.record, migration))
-        except (RefusedError, StoreError) as error:
-            self._migration_from = trio.current_time() + self._settings.reopen_interval_s
-            log.warning("domain %s: %s", self.name, error)
-
-    async def _take_step(self, migration: Migration, step: Step) -> None:
-        source, target = migration.source, migration.target
-        match step:
-            case Step.CONNECT:
-                assert target is not None
-                if target not in self._resyncs:
-                    self._migration_from = trio.current_time() + self._settings.reopen_interval_s
-                    self._migration_sync = self.resync(target)
-            case Step.SYNC:
-                self._migration_sync = None
-            case Step.SWITCH:
-                assert target is not None
-                await self.fail_over(target, f"the domain moves from {source} to {target}")
-            case Step.DISMISS:
-                # As for a failover: clients are not held for a store that takes nothing.
-                event = NewEvent(
-                    Severity.INFO, "leg-leaves", f"domain {self.name}: {source} leaves", self.name
-                )
-                self.store.add_events([event], time.time())
-                await self._feed(LegDismissed(source))
-            case Step.FREE:
-                if await self.legs.is_gone(self._groups()[source]):
-                    await self._free(source)
-            case Step.GIVE_UP:
-                message = f"domain {self.name}: {source} stays, because it had to take over"
-                event = NewEvent(Severity.WARNING, "leg-stays", message, self.name)
-                change = StoreChange(end_migration=True, events=[event])
-                self.store.change(self.store.domain(self.name).domain.id, change, time.time())
-
-    async def _free(self, source: str) -> None:
-        legs = tuple(leg.group for leg in self.machine.record.legs if leg.group != source)
-        event = NewEvent(
-            Severity.INFO,
-            "leg-removed",
-            f"domain {self.name} has left {source}, whose space is free",
-            self.name,
-        )
-        await self.change(
-            Change({}, f"{source} has left", legs), StoreChange(end_migration=True, events=[event])
-        )
-        self.legs.trust(source)
-        self._migrating = False
-
-    def migration_trouble(self) -> str:
-        """Why a move to another group does not go on; empty when it does."""
-        attempt = self._migration_sync
-        return str(attempt.error) if attempt is not None and attempt.error is not None else ""
-
     async def _advance_failback(self) -> None:
         """Return to the preferred leg, if that is the domain's policy and it is time.
 
         What an operator has ordered is not undone: he left the preferred leg because he wanted to.
         """
-        domain = self.store.domain(self.name)
+        domain = self.domain
         after_s = domain.domain.failback.after_s
         preferred = self.machine.record.preferred
         if (
@@ -883,7 +746,7 @@ class Session:
         before = self.machine.record.generation
         self._with_record = store_change
         try:
-            await self._feed(change)
+            await self.feed(change)
         finally:
             self._with_record = StoreChange()
         if self.machine.record.generation == before:
@@ -896,45 +759,7 @@ class Session:
         # Clients are not held for a store that takes nothing; this is how to know beforehand.
         message = f"domain {self.name} is to fail over to {target}: {reason}"
         self.store.add_events([NewEvent(Severity.INFO, "ordered", message, self.name)], time.time())
-        await self._feed(Ordered(target, reason))
-
-    async def hold(self, timeout_s: float | None) -> Order:
-        """Hold all clients until ``release``, or for ``timeout_s``.
-
-        The answer is done when all of theirs is drained, at one point of the order of writes, and flushed.
-
-        Raises:
-            RefusedError: the domain is held already, by the operator or for want of a leg.
-            StoreError: it could not be recorded, and nobody is held.
-        """
-        self.need_serving()
-        at = time.time()
-        hold = OperatorHold(at, None if timeout_s is None else at + timeout_s)
-        event = NewEvent(Severity.INFO, "hold", f"domain {self.name} is held by the operator", self.name)
-        domain = self.store.domain(self.name).domain
-        # Recorded first: a hold that the operator relies on must outlive us all.
-        self.store.change(domain.id, StoreChange(hold=hold, events=[event]), at)
-        order = self._holding = Order(nothing)
-        await self._feed(HoldOrdered())
-        return order
-
-    async def release(self, why: str) -> None:
-        """End the operator's hold; clients go on unless they are held for another reason too.
-
-        Raises:
-            RefusedError: there is none.
-            StoreError: it could not be recorded, and goes on.
-        """
-        if not self.machine.operator_hold:
-            because = f"; it is held: {self.stuck}" if self.machine.is_held else ""
-            raise RefusedError(f"domain {self.name} is not held by the operator{because}")
-        self.store.change(self.store.domain(self.name).domain.id, release_change(self.name, why), time.time())
-        if self._holding is not None:
-            self._holding.finish(RefusedError(f"domain {self.name} was released meanwhile"))
-            self._holding = None
-        self._flush_token = None
-        self._flushed_generation = 0
-        await self._feed(ReleaseOrdered())
+        await self.feed(Ordered(target, reason))
 
     async def fail_back(self) -> str:
         """Begin the return to the preferred leg, and say which one that is.
@@ -966,67 +791,6 @@ class Session:
             f"standfast domain wait {self.name}"
         )
 
-    async def add_leg(self, group: str, runs: Sequence[Run], *, replaces: str | None) -> None:
-        """Have a leg join, outdated; to take another one's place if that is named, else as the last in preference.
-
-        Raises:
-            RefusedError: the domain is held.
-            StoreError: it could not be recorded; nothing has changed.
-        """
-        legs = [leg.group for leg in self.machine.record.legs]
-        legs.insert(len(legs) if replaces is None else legs.index(replaces) + 1, group)
-        message = f"domain {self.name}: {group} joins" + (f" in the place of {replaces}" if replaces else "")
-        migration = None if replaces is None else Migration(replaces, group, time.time())
-        event = NewEvent(Severity.INFO, "leg-added", message, self.name)
-        self._migration_from, self._migration_sync = -math.inf, None
-        if replaces in self._resyncs:
-            self._resyncs.pop(replaces).finish(RefusedError(f"{replaces} leaves domain {self.name}"))
-        await self.change(
-            Change({}, f"{group} joins", tuple(legs)),
-            StoreChange(runs={group: runs}, migration=migration, events=[event]),
-        )
-
-    def remove_leg(self, group: str) -> None:
-        """Have a backup leave; that goes on by itself, across restarts. A move to it is given up.
-
-        Raises:
-            RefusedError: it is active, or the domain is held.
-            StoreError: it could not be recorded; nothing has changed.
-        """
-        self.need_serving()
-        if group == self.machine.record.active:
-            raise RefusedError(
-                f"group {group} is active in domain {self.name}; make another leg active first: "
-                f"standfast failover {self.name}"
-            )
-        if group in self._resyncs:
-            self._resyncs.pop(group).finish(RefusedError(f"{group} leaves domain {self.name}"))
-        change = StoreChange(migration=Migration(group, None, time.time()))
-        self.store.change(self.store.domain(self.name).domain.id, change, time.time())
-        self._migration_from, self._migration_sync = -math.inf, None
-
-    def resync(self, group: str) -> Order:
-        """Bring an outdated leg back; the answer is done when its copy is about to begin.
-
-        Raises:
-            RefusedError: it is not outdated, or the domain is held.
-        """
-        self.need_serving()
-        if group not in {leg.group for leg in self.machine.record.legs}:
-            raise RefusedError(f"group {group} is no leg of domain {self.name} any more")
-        state = self.machine.record.leg(group).state
-        if state is not LegState.OUTDATED:
-            raise RefusedError(
-                f"group {group} is {state} in domain {self.name}; only an outdated leg is synced"
-            )
-        migration = self.store.domain(self.name).migration
-        if migration is not None and group == migration.source:
-            raise RefusedError(f"group {group} is about to leave domain {self.name}")
-        if group in self._resyncs:
-            raise RefusedError(f"group {group} is about to be synced already")
-        self._resyncs[group] = Order(nothing)
-        return self._resyncs[group]
-
     async def verify(self, rate: int, *, repair: bool) -> None:
         """Begin to compare all uptodate backups with the active leg, at ``rate`` bytes a second (0: no limit).
 
@@ -1034,7 +798,7 @@ class Session:
             RefusedError: there is nothing to compare, or a verify is under way.
         """
         self.need_serving()
-        ranges = maps.verify_ranges(self.store.domain(self.name).disks)
+        ranges = maps.verify_ranges(self.domain.disks)
         if not ranges:
             raise RefusedError(f"domain {self.name} has no disk; there is nothing to compare")
         await self.link.call("verify", ranges=ranges, rate=rate, repair=repair)
@@ -1072,13 +836,3 @@ class Session:
             self.store.add_events([event], time.time())
         except StoreError as error:
             log.warning("event not recorded: %s", error)
-
-
-def release_change(name: str, why: str) -> StoreChange:
-    """What the end of an operator's hold changes in the store."""
-    event = NewEvent(Severity.INFO, "release", f"domain {name} is released: {why}", name)
-    return StoreChange(release=True, events=[event])
-
-
-async def nothing(session: Session) -> None:
-    """The work of an order that something else finishes."""

@@ -26,6 +26,11 @@ class Settings:
         resync_rate_mib_s: what a resync may take at most; 0: all that the devices give.
         resync_floor_mib_s: what it takes while clients are at work. The default leaves a client that
             asks for one thing at a time its latency (``bench resync``), and ends all the same.
+        backlog_kib: memory for what the backups of an asynchronous domain have yet to get; one for which
+            that is not enough is caught up from the dirty bitmap. The default is half of what clients' requests
+            may take, and some tenths of a second of what a fast network carries.
+        catch_up_s: how long after such a leg fell out of step it is tried to bring it back, and between
+            two tries: what was too much for it may be over by then.
         read_repairs_max: so many reads that a leg could not do are repaired from a backup within
             ``read_repairs_window_s``; with one more the leg counts as failed. A disk replaces a bad
             block now and then and lives on; one that goes on doing so is dying. 0: the first fails it.
@@ -38,6 +43,8 @@ class Settings:
     bitmap_region_kib: int = 1 << REGION_SHIFT_DEFAULT >> 10
     resync_rate_mib_s: int = 0
     resync_floor_mib_s: int = 32
+    backlog_kib: int = 64 << 10
+    catch_up_s: float = 5.0
     read_repairs_max: int = 16
     read_repairs_window_s: float = 3600.0
 
@@ -49,6 +56,8 @@ _LIMITS = {
     "bitmap_region_kib": (1 << REGION_SHIFTS[0] >> 10, 1 << REGION_SHIFTS[-1] >> 10),
     "resync_rate_mib_s": (0, 1_000_000),
     "resync_floor_mib_s": (1, 1_000_000),
+    "backlog_kib": (64, 128 << 10),
+    "catch_up_s": (0.1, 86_400),
     "read_repairs_max": (0, 1000),
     "read_repairs_window_s": (1, 30 * 86_400),
 }

@@ -21,7 +21,8 @@ from proxy.manager import process
 from proxy.manager.labels import Labels
 from proxy.manager.legs import Numbers
 from proxy.manager.link import CommandError, Link, ServerGoneError
-from proxy.manager.session import Item, Order, Session, Told, nothing
+from proxy.manager.orders import Order, nothing
+from proxy.manager.session import Item, Session, Told
 from proxy.manager.settings import Settings
 from proxy.model import DomainState, LegState, Severity
 from proxy.store import Change, NewEvent, Store
@@ -136,9 +137,16 @@ class Supervisor:
             return self.failure or "the domain server is being started"
         return self._session.trouble()
 
+    def lacking(self) -> set[str]:
+        """Groups that the store calls up to date, and that may lack something all the same."""
+        if self._session is None:
+            return set()
+        machine = self._session.machine
+        return {leg.group for leg in machine.record.legs if machine.lacks(leg.group)}
+
     def migration_trouble(self) -> str:
         """Why a move to another group does not go on; empty when it does."""
-        return "" if self._session is None else self._session.migration_trouble()
+        return "" if self._session is None else self._session.moves.trouble()
 
     def lost(self) -> Mapping[str, str]:
         """What speaks against legs that are attached, by group."""

@@ -18,6 +18,7 @@ from proxy.model import (
     Group,
     LegState,
     OperatorHold,
+    Replication,
     Role,
     VerifyReceipt,
 )
@@ -90,11 +91,13 @@ async def domain_view(service: Service, domain: DomainRecord) -> dict[str, Any]:
         "uuid": str(domain.domain.uuid),
         "replication": domain.domain.replication,
         "failback": str(domain.domain.failback),
+        "accept_loss": str(domain.domain.accept_loss),
         "hold": _hold_view(domain.hold),
         "address": str(service.run_directory / name / "nbd.sock"),
         "listen": domain.domain.listen or None,
         "trouble": supervisor.trouble() if supervisor is not None else "",
         "legs": legs,
+        "rpo": _rpo_view(legs),
         "migration": _migration_view(
             domain, legs, supervisor.migration_trouble() if supervisor is not None else ""
         ),
@@ -133,6 +136,9 @@ def _leg_view(
         "blocked": leg.blocked,
         "reason": lost.get(leg.group),
         "dirty_bytes": dirty_bytes,
+        "lag": None
+        if leg.group == domain.record.active
+        else _lag_view(service, domain, leg, group, status, dirty_bytes),
         "sync": _sync_view(copy, dirty_bytes) if leg.state is LegState.SYNCING else None,
         "devices": [
             {
@@ -163,6 +169,37 @@ def _dirty_bytes(domain: DomainRecord, leg: LegRecord, group: Group, status: dic
     allotted = sum(length for _, _, length in copy_ranges(domain.disks))
     known: int = status["dirty_bytes"].get(str(group.uuid), allotted) if status else allotted
     return known
+
+
+def _lag_view(
+    service: Service,
+    domain: DomainRecord,
+    leg: LegRecord,
+    group: Group,
+    status: dict[str, Any] | None,
+    dirty_bytes: int,
+) -> dict[str, Any]:
+    """What would be lost if a backup had to take over as it is: bytes at most, and seconds; None: nobody knows."""
+    if leg.state is not LegState.UPTODATE:
+        since = status["outdated_s"].get(str(group.uuid)) if status else None
+        return {"bytes": dirty_bytes, "seconds": since}
+    if domain.domain.replication is Replication.SYNC or not domain.session_open:
+        return {"bytes": 0, "seconds": 0.0}
+    supervisor = service.supervisors.get(domain.domain.name)
+    if status is not None and supervisor is not None and leg.group not in supervisor.lacking():
+        served = status["legs"].get(str(supervisor.leg_numbers().get(leg.group)))
+        if served is not None:
+            backlog: dict[str, Any] = served["backlog"]
+            return backlog
+    allotted = sum(length for _, _, length in copy_ranges(domain.disks))
+    doubtful = (status["doubtful_bytes"] if status else None) or {}
+    return {"bytes": doubtful.get(str(group.uuid), allotted), "seconds": None}
+
+
+def _rpo_view(legs: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The lag of the backup that lags least; None: there is no backup."""
+    lags: list[dict[str, Any]] = [leg["lag"] for leg in legs if leg["lag"] is not None]
+    return min(lags, key=lambda lag: lag["bytes"], default=None)
 
 
 def _sync_view(copy: dict[str, Any] | None, dirty_bytes: int) -> dict[str, Any]:
@@ -210,6 +247,7 @@ def _receipt_view(receipt: FailoverReceipt | None) -> dict[str, Any] | None:
         "to": receipt.target,
         "replayed": receipt.replayed,
         "generation": receipt.generation,
+        "lost_bytes": receipt.lost_bytes,
     }
 
 

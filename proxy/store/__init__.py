@@ -17,16 +17,17 @@ from proxy.extentmap import Range, Run
 from proxy.failover import Record
 from proxy.migration import Migration
 from proxy.model import (
-    FAILBACK_MANUAL,
+    MANUAL,
+    Delay,
     Desired,
     Domain,
     DomainId,
     Event,
-    Failback,
     FailoverReceipt,
     Group,
     GroupId,
     Layout,
+    LostRange,
     OperatorHold,
     Replication,
     Severity,
@@ -105,10 +106,12 @@ class Change:
     session_open: bool | None = None
     session: int | None = None
     desired: Desired | None = None
-    failback: Failback | None = None
+    failback: Delay | None = None
+    accept_loss: Delay | None = None
     hold: OperatorHold | None = None
     release: bool = False  # end the operator's hold
     failover: FailoverReceipt | None = None
+    lost: Sequence[LostRange] = ()  # by that failover
     verify: VerifyReceipt | None = None
     add_disk: DiskRecord | None = None
     ready_disk: int | None = None
@@ -169,7 +172,8 @@ class Store(Protocol):
         runs: Mapping[str, Sequence[Run]],
         at: float,
         *,
-        failback: Failback = FAILBACK_MANUAL,
+        failback: Delay = MANUAL,
+        accept_loss: Delay = MANUAL,
     ) -> DomainRecord:
         """Record a domain with its space on every leg; RefusedError when the name is taken."""
         ...
@@ -184,6 +188,10 @@ class Store(Protocol):
 
     def settle_failover(self, domain: DomainId, generation: int, stall_ms: float, replayed: int) -> None:
         """Add to a failover's receipt what clients felt of it."""
+        ...
+
+    def losses(self, domain: DomainId) -> list[LostRange]:
+        """What the last failover that has lost anything has lost, by disk and offset."""
         ...
 
     def next_disk_number(self, domain: DomainId) -> int:

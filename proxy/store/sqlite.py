@@ -16,20 +16,21 @@ from proxy.extentmap import Range, Run
 from proxy.failover import LegRecord, Record
 from proxy.migration import Migration
 from proxy.model import (
-    FAILBACK_MANUAL,
+    MANUAL,
+    Delay,
     Desired,
     Device,
     DeviceId,
     Domain,
     DomainId,
     Event,
-    Failback,
     FailoverReceipt,
     Group,
     GroupId,
     Layout,
     LayoutKind,
     LegState,
+    LostRange,
     Mismatch,
     OperatorHold,
     Replication,
@@ -172,6 +173,20 @@ _MIGRATIONS = (
         source_group_id INTEGER NOT NULL REFERENCES groups (id),
         target_group_id INTEGER REFERENCES groups (id),
         at REAL NOT NULL
+    ) STRICT;
+    """,
+    """
+    ALTER TABLE domains ADD COLUMN accept_loss_after_s REAL;
+    ALTER TABLE failovers ADD COLUMN lost_bytes INTEGER NOT NULL DEFAULT 0;
+    CREATE TABLE losses (
+        domain_id INTEGER NOT NULL,
+        generation INTEGER NOT NULL,
+        sequence INTEGER NOT NULL,
+        disk TEXT NOT NULL,
+        offset INTEGER NOT NULL,
+        length INTEGER NOT NULL,
+        PRIMARY KEY (domain_id, generation, sequence),
+        FOREIGN KEY (domain_id, generation) REFERENCES failovers (domain_id, generation) ON DELETE CASCADE
     ) STRICT;
     """,
 )
@@ -357,6 +372,7 @@ class SqliteStore:
         with self._errors():
             rows = self._db.execute(
                 "SELECT d.id, d.uuid, d.name, d.size, d.replication, d.listen, d.failback_after_s,"
+                " d.accept_loss_after_s,"
                 " a.desired, a.session_open, a.session, a.generation, g.name"
                 " FROM domains d JOIN attachments a ON a.domain_id = d.id"
                 f" JOIN groups g ON g.id = a.active_group_id {where} ORDER BY d.name",
@@ -393,7 +409,7 @@ class SqliteStore:
                 )
             for domain_id, generation, at, reason, source, target, planned, *felt in self._db.execute(
                 "SELECT l.domain_id, l.generation, l.at, l.reason, l.source, l.target, l.planned, l.stall_ms,"
-                f" l.replayed FROM failovers l {only} ORDER BY l.generation"
+                f" l.replayed, l.lost_bytes FROM failovers l {only} ORDER BY l.generation"
             ):
                 failovers[domain_id] = FailoverReceipt(
                     generation, at, reason, source, target, bool(planned), *felt
@@ -424,7 +440,8 @@ class SqliteStore:
                         size,
                         Replication(replication),
                         listen,
-                        Failback(failback_after_s),
+                        Delay(failback_after_s),
+                        Delay(accept_loss_after_s),
                     ),
                     Desired(desired),
                     bool(session_open),
@@ -445,6 +462,7 @@ class SqliteStore:
                     replication,
                     listen,
                     failback_after_s,
+                    accept_loss_after_s,
                     desired,
                     session_open,
                     session,
@@ -464,15 +482,16 @@ class SqliteStore:
         runs: Mapping[str, Sequence[Run]],
         at: float,
         *,
-        failback: Failback = FAILBACK_MANUAL,
+        failback: Delay = MANUAL,
+        accept_loss: Delay = MANUAL,
     ) -> DomainRecord:
         with self._transaction() as db:
             if db.execute("SELECT 1 FROM domains WHERE name = ?", (name,)).fetchone():
                 raise RefusedError(f"there is a domain {name} already")
             domain_id = db.execute(
-                "INSERT INTO domains (uuid, name, size, replication, listen, failback_after_s, next_disk,"
-                " created_at) VALUES (?, ?, ?, ?, ?, ?, 1, ?)",
-                (str(uuid), name, size, replication, listen, failback.after_s, at),
+                "INSERT INTO domains (uuid, name, size, replication, listen, failback_after_s,"
+                " accept_loss_after_s, next_disk, created_at) VALUES (?, ?, ?, ?, ?, ?, ?, 1, ?)",
+                (str(uuid), name, size, replication, listen, failback.after_s, accept_loss.after_s, at),
             ).lastrowid
             db.execute(
                 "INSERT INTO attachments (domain_id, generation, active_group_id, desired, session_open)"
@@ -521,6 +540,11 @@ class SqliteStore:
                 db.execute(
                     "UPDATE domains SET failback_after_s = ? WHERE id = ?", (change.failback.after_s, domain)
                 )
+            if change.accept_loss is not None:
+                db.execute(
+                    "UPDATE domains SET accept_loss_after_s = ? WHERE id = ?",
+                    (change.accept_loss.after_s, domain),
+                )
             if change.release or change.hold is not None:
                 db.execute("DELETE FROM holds WHERE domain_id = ?", (domain,))
             if change.hold is not None:
@@ -531,8 +555,8 @@ class SqliteStore:
             if change.failover is not None:
                 receipt = change.failover
                 db.execute(
-                    "INSERT INTO failovers (domain_id, generation, at, reason, source, target, planned)"
-                    " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    "INSERT INTO failovers (domain_id, generation, at, reason, source, target, planned,"
+                    " lost_bytes) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                     (
                         domain,
                         receipt.generation,
@@ -541,7 +565,16 @@ class SqliteStore:
                         receipt.source,
                         receipt.target,
                         receipt.planned,
+                        receipt.lost_bytes,
                     ),
+                )
+                db.executemany(
+                    "INSERT INTO losses (domain_id, generation, sequence, disk, offset, length)"
+                    " VALUES (?, ?, ?, ?, ?, ?)",
+                    [
+                        (domain, receipt.generation, number, lost.disk, lost.offset, lost.length)
+                        for number, lost in enumerate(change.lost)
+                    ],
                 )
             if change.verify is not None:
                 self._write_verify(domain, change.verify)
@@ -639,6 +672,17 @@ class SqliteStore:
             "INSERT INTO disk_ranges (domain_id, number, sequence, offset, length) VALUES (?, ?, ?, ?, ?)",
             [(domain, disk.number, sequence, *extent) for sequence, extent in enumerate(disk.ranges)],
         )
+
+    def losses(self, domain: DomainId) -> list[LostRange]:
+        with self._errors():
+            return [
+                LostRange(*row)
+                for row in self._db.execute(
+                    "SELECT disk, offset, length FROM losses WHERE domain_id = ?1 AND generation ="
+                    " (SELECT MAX(generation) FROM losses WHERE domain_id = ?1) ORDER BY sequence",
+                    (domain,),
+                )
+            ]
 
     def settle_failover(self, domain: DomainId, generation: int, stall_ms: float, replayed: int) -> None:
         with self._transaction() as db:

@@ -136,7 +136,12 @@ class Site:
         return error
 
     async def make(
-        self, domain: str = "vol1", *, server: str | None = "nbdkit", disk_size: str = "140M"
+        self,
+        domain: str = "vol1",
+        *,
+        server: str | None = "nbdkit",
+        disk_size: str = "140M",
+        replication: str = "sync",
     ) -> None:
         """Groups alpha (3 of 50 MB) and beta (2 of 75 MB), a domain over both, a disk ``disk1`` in it, synced.
 
@@ -151,7 +156,8 @@ class Site:
                 for name in names
             ]
             await self.order("POST", "/groups", name=group, devices=urls)
-        await self.order("POST", "/domains", name=domain, size="140M", active="alpha", backups=["beta"])
+        legs = {"active": "alpha", "backups": ["beta"]}
+        await self.order("POST", "/domains", name=domain, size="140M", replication=replication, **legs)
         await self.order("POST", f"/domains/{domain}/disks", name="disk1", size=disk_size)
         await self.wait(domain, lambda shown: shown["state"] == "online")
 

@@ -254,7 +254,9 @@ def test_commands_in_order_take_a_domain_through_its_life(own: Place) -> None:
     assert [leg["state"] for leg in after["legs"]] == ["uptodate", "uptodate"]
     assert own.ok("failback", "vol1").startswith("domain vol1: active is alpha now")
     assert own.ok("failover", "vol1", "--to", "beta").startswith("domain vol1: active is beta now")
-    assert own.ok("domain", "set", "vol1", "--failback", "90") == "domain vol1: failback is 90 now\n"
+    assert own.ok("domain", "set", "vol1", "--failback", "90") == (
+        "domain vol1: failback is 90, accept-loss is manual now\n"
+    )
     assert "90 s after the preferred leg is uptodate" in own.ok("domain", "show", "vol1")
 
     own.ok("group", "create", "gamma", "--device", own.url("gamma", "20M"))
@@ -397,7 +399,6 @@ def test_group_remove_while_a_domain_uses_it_is_refused(shared: Place) -> None:
         ("new", "1M", "--active beta --backup nope", "there is no group nope"),
         ("new", "1M", "--active beta --backup beta", "named twice"),
         ("new", "1M", "--active a --backup b --backup c --backup d --backup e", "at most 4"),
-        ("new", "1M", "--active beta --replication async", "asynchronous replication is not there yet"),
         ("new", "1M", "--active beta --replication maybe", "neither sync nor async"),
         ("new", "1M", "--active beta --listen 10809", "is not HOST:PORT"),
         ("new", "1M", "--active beta --listen 127.0.0.1:99999", "is not HOST:PORT"),
@@ -470,6 +471,10 @@ def test_domain_create_on_a_port_in_use_is_refused_and_leaves_nothing(shared: Pl
         ("domain set vol1 --failback soon", "'soon' is neither manual, immediate, nor a number"),
         ("domain set vol1 --failback -1", "'-1' is neither manual, immediate, nor a number"),
         ("domain set vol1 --failback nan", "'nan' is neither manual, immediate, nor a number"),
+        ("domain set vol1 --accept-loss never", "'never' is neither manual, immediate, nor a number"),
+        ("domain set vol1", "name a policy to set"),
+        ("failover vol1 --accept-loss", "nothing has to be lost: alpha is active"),
+        ("failover vol1 --accept-loss --dry-run", "goes with no --accept-loss"),
         ("verify nope", "there is no domain nope"),
         ("verify solo", "domain solo has no disk; there is nothing to compare"),
         ("verify vol1 --rate fast", "fast"),
