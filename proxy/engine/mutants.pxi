@@ -71,12 +71,14 @@ cdef inline bint mutant_on_backup(SubOp *sub) noexcept nogil:
 cdef void mutant_swap(Core *core, Request *request) noexcept nogil:
     """SWAPPED_MID_REQUEST: what is left of a request goes where the newest map has it."""
     cdef uint32_t hint = 0
-    if request.map == core.map or request.disk_map == NULL:
+    cdef DiskMap *disk = map_disk(core.map, request.disk, &hint) if core.map != NULL else NULL
+    if (request.map == core.map or request.disk_map == NULL or disk == NULL or request.shipping != NULL
+            or request.source >= core.map.leg_count):
         return
     map_release(core, request.map)
     core.map.references += 1
     request.map = core.map
-    request.disk_map = map_disk(core.map, request.disk, &hint)
+    request.disk_map = disk
 
 cdef void mutant_forget_backups(Request *request) noexcept nogil:
     """FIRST_LEG_SUFFICES: once the active leg has all of a write, no other is waited for."""

@@ -53,11 +53,20 @@ def hunt(tree: str, *arguments: str) -> str:
     return done.stdout
 
 
-#: Found more rarely than once in 60 seeds: too long for every run.
+#: Found more rarely than once in 60 seeds, or only as a domain that never comes to rest: too long for every run.
+RARE_SEEDS = 2000
 RARE = (
+    "BEHIND_UNTOLD",
+    "CLEARED_UNFLUSHED",
+    "LAGGING_LEG_CHOSEN",
+    "LAGGING_LEG_RETURNED",
     "LATE_ANSWER_SCRIBBLES",
+    "LOSS_UNTOLD",
     "LOST_WITHOUT_FENCE",
-    "VERIFY_UNCLAIMED",
+    "MARK_UNAWAITED",
+    "SHIPPED_OUT_OF_ORDER",
+    "SWAPPED_MID_REQUEST",
+    "SYNCING_LEG_KEPT",
 )
 
 
@@ -66,7 +75,7 @@ RARE = (
     "name", [pytest.param(name, marks=pytest.mark.long) if name in RARE else name for name in mutants.MUTANTS]
 )
 def test_simulator_with_a_mutant_finds_it(tree: str, name: str) -> None:
-    print(hunt(tree, name, "--seeds", str(SEEDS)))
+    print(hunt(tree, name, "--seeds", str(RARE_SEEDS if name in RARE else SEEDS)))
 
 
 @pytest.mark.slow
