@@ -159,6 +159,49 @@ async def _resync(made: Site) -> None:
     await made.wait(DOMAIN, lambda shown: shown["state"] == "online")
 
 
+async def _migrate(made: Site) -> None:
+    await made.order("POST", f"/domains/{DOMAIN}/migrate", to="gamma")
+    await _wait_legs(made, "gamma", "beta")
+
+
+async def _migrate_again(made: Site) -> None:
+    answer = await made.http.post(f"/domains/{DOMAIN}/migrate", json={"to": "gamma"})
+    if not answer.is_success:
+        # It was recorded, and goes on by itself.
+        assert "is a leg of domain" in answer.text or "moves" in answer.text, answer.text
+    await _wait_legs(made, "gamma", "beta")
+
+
+async def _add_leg(made: Site) -> None:
+    await _create_group(made)
+    await made.order("POST", f"/domains/{DOMAIN}/legs", group="gamma")
+    await _wait_legs(made, "alpha", "beta", "gamma")
+
+
+async def _remove_leg(made: Site) -> None:
+    await made.order("DELETE", f"/domains/{DOMAIN}/legs/gamma")
+    await _wait_legs(made, "alpha", "beta")
+
+
+async def _remove_leg_again(made: Site) -> None:
+    answer = await made.http.delete(f"/domains/{DOMAIN}/legs/gamma")
+    if not answer.is_success:
+        assert "leaves" in answer.text or "has no leg" in answer.text, answer.text
+    await _wait_legs(made, "alpha", "beta")
+
+
+async def _wait_legs(made: Site, *groups: str) -> None:
+    """Return when these are the legs of the domain, and all of them are up to date."""
+    await made.wait(
+        DOMAIN,
+        lambda shown: (
+            [leg["group"] for leg in shown["legs"]] == list(groups)
+            and shown["state"] == "online"
+            and shown["migration"] is None
+        ),
+    )
+
+
 def _operations(*found: Operation) -> dict[str, Operation]:
     return {one.name: one for one in found}
 
@@ -176,4 +219,6 @@ OPERATIONS = _operations(
     Operation("failover", _nothing, _fail_over, _fail_over),
     Operation("failback", _fail_over, _fail_back, _fail_back),
     Operation("resync", _lose_beta, _resync, _resync),
+    Operation("migrate", _create_group, _migrate, _migrate_again),
+    Operation("leg-remove", _add_leg, _remove_leg, _remove_leg_again),
 )
