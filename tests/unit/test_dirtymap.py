@@ -1,6 +1,7 @@
 """The dirty bitmap's file: what is written is read, what is not ours is refused, and nothing lacking is forgotten."""
 
 from dataclasses import replace
+from itertools import pairwise
 from uuid import UUID
 
 import pytest
@@ -15,6 +16,7 @@ from proxy.dirtymap import (
     DirtyMapError,
     LegContent,
     full_plane,
+    marked_ranges,
     plane_size,
     region_shift,
     renewed,
@@ -124,3 +126,17 @@ def test_session_takes_a_leg_that_the_map_does_not_know_to_lack_everything() -> 
     assert bits(after.plane(BETA) or b"") == 0b1
     assert after.plane(ALPHA) is None
     assert len(after.planes) == PLANES
+
+
+@settings(deadline=None)
+@given(st.sets(st.integers(0, 79)), st.integers(1, 1 << 20))
+def test_marked_ranges_are_all_that_is_marked_and_no_more(marked: set[int], tail: int) -> None:
+    shift = 20
+    size = (79 << shift) + tail
+    plane = sum(1 << region for region in marked).to_bytes(plane_size(size, shift), "little")
+    ranges = marked_ranges(plane, shift, size)
+    assert {
+        one >> shift for offset, length in ranges for one in range(offset, offset + length, 1 << shift)
+    } == marked
+    assert all(offset + length <= size for offset, length in ranges)
+    assert all(sum(one) < other[0] for one, other in pairwise(ranges)), "they are not joined"

@@ -17,6 +17,7 @@ from proxy.model import (
     Layout,
     LayoutKind,
     LegState,
+    LostRange,
     Mismatch,
     Replication,
     Severity,
@@ -137,6 +138,30 @@ def test_verify_receipt_is_kept_until_the_next_and_gone_with_the_domain(
     assert store.domain("vol1").last_verify == first
     store.remove_domain("vol1", 7.0)
     assert rows(tmp_path / "store.db", "verifies") == []
+
+
+def test_losses_are_those_of_the_last_failover_that_lost_anything(store: SqliteStore) -> None:
+    domain = filled(store).domain
+    assert store.losses(domain.id) == []
+    lost = [LostRange("disk1", 4096, 8192), LostRange("disk2", 0, 1 << 40)]
+    receipts = [
+        FailoverReceipt(2, 5.0, "a loss is accepted", "alpha", "beta", lost_bytes=8192 + (1 << 40)),
+        FailoverReceipt(3, 6.0, "back", "beta", "alpha", planned=True),
+    ]
+    store.change(domain.id, Change(failover=receipts[0], lost=lost), 5.0)
+    assert store.domain("vol1").last_failover == receipts[0]
+    store.change(domain.id, Change(failover=receipts[1]), 6.0)
+    assert store.losses(domain.id) == lost
+    store.remove_domain("vol1", 7.0)
+    assert store.losses(domain.id) == []
+
+
+def test_policy_of_losses_is_kept_and_can_be_changed(store: SqliteStore) -> None:
+    domain = filled(store).domain
+    assert str(domain.accept_loss) == "manual"
+    for text in ("30", "immediate", "manual"):
+        store.change(domain.id, Change(accept_loss=parse_delay("accept-loss", text)), 3.0)
+        assert str(store.domain("vol1").domain.accept_loss) == text
 
 
 def test_failback_policy_is_kept_and_can_be_changed(store: SqliteStore) -> None:
