@@ -24,8 +24,10 @@ log = logging.getLogger("standfast.control")
 
 #: How long a stop lets clients take their answers, and then the legs flush.
 STOP_PATIENCE_S = 5
-#: Between two looks at whether the dirty bitmap is on the disk.
-_WRITTEN_POLL_S = 0.005
+#: And then the engine to come to rest.
+_SETTLE_PATIENCE_S = 2
+#: Between two looks at what the engine tells nobody of: whether it is at rest, and the dirty bitmap on the disk.
+_POLL_S = 0.005
 #: How long a manager may leave its socket unread before it is taken for dead.
 SEND_PATIENCE_S = 5
 
@@ -340,7 +342,7 @@ class Server:
         lacking, written = self.engine.give_up_to(plane)
         with trio.move_on_after(frame.body["timeout_s"]):
             while not written:
-                await trio.sleep(_WRITTEN_POLL_S)
+                await trio.sleep(_POLL_S)
                 lacking, written = self.engine.give_up_to(plane)
         if not written:
             raise RefusedError("the dirty bitmap cannot be written")
@@ -588,7 +590,11 @@ class Server:
             async with self._changed:
                 while self.doors.clients:
                     await self._changed.wait()
-        # Who is left may merely not take its answers; what counts is whether something still runs.
+        # Who is left may merely not take its answers; what counts is whether something still runs, other than what is
+        # over in a moment, such as the flush of a round of the bitmap.
+        with trio.move_on_after(_SETTLE_PATIENCE_S):
+            while self.engine.statistics().running:
+                await trio.sleep(_POLL_S)
         if not self._held and self._generation and not self.engine.statistics().running:
             with trio.move_on_after(STOP_PATIENCE_S):
                 code = await self._wait_done(self.engine.submit(RequestKind.FLUSH))
