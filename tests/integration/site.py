@@ -161,6 +161,11 @@ class Site:
         await self.order("POST", f"/domains/{domain}/disks", name="disk1", size=disk_size)
         await self.wait(domain, lambda shown: shown["state"] == "online")
 
+    async def stop(self, domain: str = "vol1") -> None:
+        """Stop a domain in order, once the domain server has noticed that clients have left."""
+        await self.wait(domain, lambda shown: shown["clients"] == 0)
+        await self.order("POST", f"/domains/{domain}/stop")
+
     async def show(self, domain: str = "vol1") -> Any:
         """What the manager shows of a domain."""
         return await self.order("GET", f"/domains/{domain}")

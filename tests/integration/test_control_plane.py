@@ -244,7 +244,7 @@ async def test_quarantine_outlasts_a_stop_and_start_of_the_domain() -> None:
         made.devices["alpha1"].send_signal(signal.SIGSTOP)
         await write(made, letter("Z"))
         assert (await made.show())["active"] == "beta"
-        await made.order("POST", "/domains/vol1/stop")
+        await made.stop()
         await made.order("POST", "/domains/vol1/start")
         made.kill_device("alpha1")
         await made.device("alpha1", 50)

@@ -108,7 +108,7 @@ async def test_async_domain_stopped_and_crashed_under_load_comes_back_equal() ->
         await is_online(made)
         await made.order("POST", "/domains/vol1/failover", to="beta")
         await witness.check_all()
-        await made.order("POST", "/domains/vol1/stop")
+        await made.stop()
         await made.order("POST", "/domains/vol1/start")
         await is_online(made)
         assert (await verified(made))["mismatched"] == 0

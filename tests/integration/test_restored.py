@@ -24,7 +24,7 @@ async def work(made: Site, witness: Witness) -> None:
 
 async def restart(made: Site) -> None:
     """Stop the domain in order, and start it again."""
-    await made.order("POST", "/domains/vol1/stop")
+    await made.stop()
     await made.order("POST", "/domains/vol1/start")
 
 
@@ -36,7 +36,7 @@ async def test_backup_whose_device_is_restored_is_dropped_and_copied_whole() -> 
         witness = Witness(made.socket())
         await work(made, witness)
         await restart(made)
-        await made.order("POST", "/domains/vol1/stop")
+        await made.stop()
         shutil.copyfile(old, made.images / "beta1")
         await made.order("POST", "/domains/vol1/start")
         shown = await made.show()
@@ -59,7 +59,7 @@ async def test_active_leg_whose_device_is_restored_is_not_served_while_a_backup_
         witness = Witness(made.socket())
         await work(made, witness)
         await restart(made)
-        await made.order("POST", "/domains/vol1/stop")
+        await made.stop()
         shutil.copyfile(old, made.images / "alpha1")
         await made.order("POST", "/domains/vol1/start")
         shown = await made.show()
@@ -77,7 +77,7 @@ async def test_only_leg_whose_device_is_restored_is_held_until_the_operator_acce
         old = made.images / "old"
         shutil.copyfile(made.images / "alpha1", old)
         await restart(made)
-        await made.order("POST", "/domains/vol1/stop")
+        await made.stop()
         shutil.copyfile(old, made.images / "alpha1")
         why = await made.refused("POST", "/domains/vol1/start")
         assert "older than the store" in why

@@ -39,7 +39,7 @@ async def made_and_quiet(made: Site, *, server: str | None = "nbdkit") -> None:
     """A site whose disk, which was zeroed a moment ago, is the same on both legs for certain."""
     await made.make(server=server)
     # A stop in order unmarks all at once; the domain server itself does so after some seconds.
-    await made.order("POST", "/domains/vol1/stop")
+    await made.stop()
     await made.order("POST", "/domains/vol1/start")
     await is_online(made)
     assert (await made.show())["marked_bytes"] == 0
@@ -98,7 +98,7 @@ async def test_clean_stop_and_start_copies_nothing() -> None:
         await made.make(server=None)
         async with witnessed(made):
             pass
-        await made.order("POST", "/domains/vol1/stop")
+        await made.stop()
         await made.order("POST", "/domains/vol1/start")
         await is_online(made)
         assert len(copied_bytes(await made.events())) == 1
@@ -125,7 +125,7 @@ async def test_bitmap_of_an_earlier_session_is_not_trusted() -> None:
         await made.make(server=None)
         old = bitmap_of(made).read_bytes()
         for _ in range(2):
-            await made.order("POST", "/domains/vol1/stop")
+            await made.stop()
             await made.order("POST", "/domains/vol1/start")
         async with witnessed(made, reconnect=True), crashed(made):
             bitmap_of(made).write_bytes(old)

@@ -98,7 +98,7 @@ def test_domain_page_shows_what_an_operator_looks_for() -> None:
     assert ["domain", "vol1:", "degraded"] in words
     assert ["listen", "127.0.0.1:10809"] in words
     assert ["beta", "backup", "syncing", "512K", "0", "50%", "(1", "of", "2)", "-"] in words
-    assert ["gamma", "backup", "outdated,", "blocked", "0", "-", "-"] in words
+    assert ["gamma", "backup", "outdated,", "blocked", "0", "0", "-", "-"] in words
     assert "  trouble      clients wait" in page
     assert (
         "  failover     2026-01-02T03:04:05.678+00:00 from gamma to alpha, stalled 12.3 ms, "
