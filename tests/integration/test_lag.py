@@ -11,9 +11,13 @@ from tests.integration.test_failover import QUICK, answers, witnessed
 from tests.integration.test_resync import is_online, made_and_quiet
 from tests.integration.test_verify import verified
 
-pytestmark = pytest.mark.skipif(
-    not all(shutil.which(one) for one in ("nbdkit", "qemu-io")), reason="nbdkit or qemu-io is not installed"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not all(shutil.which(one) for one in ("nbdkit", "qemu-io")),
+        reason="nbdkit or qemu-io is not installed",
+    ),
+]
 
 MIB = 1 << 20
 #: A leg that fell out of step is brought back before a test is tired of waiting.
