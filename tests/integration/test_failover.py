@@ -14,7 +14,10 @@ import trio
 
 from tests.integration.site import Site, Witness, site
 
-pytestmark = pytest.mark.skipif(shutil.which("nbdkit") is None, reason="nbdkit is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("nbdkit") is None, reason="nbdkit is not installed"),
+]
 
 #: As in production, only the patience is shorter.
 QUICK = "deadline_ms = 400\nquarantine_s = 0.3\nreopen_interval_s = 0.1\n"

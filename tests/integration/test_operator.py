@@ -12,7 +12,10 @@ from proxy.label import LABEL_SIZE
 from tests.integration.site import BLOCK, Site, Witness, site
 from tests.integration.test_failover import QUICK, answers, witnessed
 
-pytestmark = pytest.mark.skipif(shutil.which("nbdkit") is None, reason="nbdkit is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("nbdkit") is None, reason="nbdkit is not installed"),
+]
 
 
 # --- Holds ----------------------------------------------------------------------------------------

@@ -4,10 +4,13 @@ import os
 import sys
 from typing import Any
 
+import pytest
 import trio
 
 from tests.integration.site import BLOCK, Site, site
 from tests.integration.test_failover import QUICK, answers, witnessed
+
+pytestmark = pytest.mark.slow
 
 #: A verify goes on at its full pace also while clients are at work.
 UNHINDERED = QUICK + "resync_floor_mib_s = 1000\n"
