@@ -206,7 +206,7 @@ def set_domain(
 
 @app.command()
 def losses(name: DomainName, as_json: Json = False, run: Run = RUN_DEFAULT) -> None:
-    """List what the last failover of a domain may have lost, if a loss was accepted for it."""
+    """List what was lost, or may be, by the last failover of a domain that a loss was accepted for."""
     show(Manager(run).get("domains", name, "losses"), render.losses_page, as_json=as_json)
 
 

@@ -263,7 +263,8 @@ class Server:
                 for leg_id in self._legs
             },
             "dirty_bytes": self._dirty_bytes(),
-            "doubtful_bytes": self._doubtful_bytes(),
+            # If it has not been sent the last writes either; nobody knows before there is a map.
+            "doubtful_bytes": self._dirty_bytes(doubtful=True) if self._generation else {},
             "outdated_s": {str(group): now - since for group, since in self._outdated_since.items()},
             "marked_bytes": self.engine.dirty_bytes(INTENT, away=False),
             "verify": None if self._verify is None else self._verify_report(),
@@ -292,22 +293,12 @@ class Server:
         count, age_ns = self.engine.backlog(leg_id)
         return {"bytes": count, "seconds": age_ns / 1e9}
 
-    def _dirty_bytes(self) -> dict[str, int]:
-        """What each leg lacks, by the uuid of its group."""
+    def _dirty_bytes(self, *, doubtful: bool = False) -> dict[str, int]:
+        """What each leg lacks, or may lack if ``doubtful``, by the uuid of its group."""
         if self._bitmap is None:
             return {}
         return {
-            str(group): self.engine.dirty_bytes(plane, away=group in self._away)
-            for plane, group in enumerate(self._bitmap.content.groups, 1)
-            if group is not None
-        }
-
-    def _doubtful_bytes(self) -> dict[str, int] | None:
-        """What each leg lacks if it has not been sent the last writes; None: that is not known yet."""
-        if self._bitmap is None or not self._generation:
-            return None
-        return {
-            str(group): self.engine.dirty_bytes(plane, away=True)
+            str(group): self.engine.dirty_bytes(plane, away=doubtful or group in self._away)
             for plane, group in enumerate(self._bitmap.content.groups, 1)
             if group is not None
         }

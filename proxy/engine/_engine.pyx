@@ -60,6 +60,9 @@ cdef struct RequestMail:
 
 cdef struct PlaneMail:
     uint32_t plane
+
+cdef struct GiveUpMail:
+    uint32_t plane
     uint64_t *lacking
     bint written
 
@@ -132,7 +135,7 @@ cdef void mail_fill_plane(Core *core, void *arguments) noexcept nogil:
     dirty_write(core)
 
 cdef void mail_give_up(Core *core, void *arguments) noexcept nogil:
-    cdef PlaneMail *request = <PlaneMail *>arguments
+    cdef GiveUpMail *request = <GiveUpMail *>arguments
     cdef Dirty *dirty = &core.dirty
     cdef uint32_t plane, i
     cdef uint64_t word
@@ -644,7 +647,7 @@ cdef class Engine:
             The bits of the regions that it lacks, or may; and whether the others' planes are on the disk. It must
             not serve before they are: call again.
         """
-        cdef PlaneMail request
+        cdef GiveUpMail request
         assert 0 < plane < PLANES and self.core.dirty.open
         bits = bytearray(self.core.dirty.words * 8)
         cdef unsigned char[::1] view = bits

@@ -1,7 +1,7 @@
 # The backlog of an asynchronous domain: what clients have been told is written, and legs that lag have yet to get.
 #
 # There a write of a client goes to the active leg alone. When it is done there it is put into the backlog, data and
-# all, and answered; each backup is sent the backlog's writes in the order in which they were answered, many at once.
+# all, as a *ship*, and answered; each backup is sent the ships in the order of their answers, many at once.
 # Two things keep their order: writes that overlap, and what began after a flush, or a write with FUA, was answered,
 # which waits for that one and all before it; flushes are sent like writes. So at every moment a lagging leg is
 # what the active leg could be after a loss of power at some earlier moment, as clients who flush rely on. (To keep
@@ -10,7 +10,8 @@
 #
 # Everything that must not see the lag waits for it: a flush of ours, so that no mark of the dirty bitmap is cleared
 # and no stop is clean before the legs have it all; with its claim, and for what that overlaps, a verify, a read
-# repair, the zeroing of new space; and Drained, so that whoever takes over has all that was ever answered, as long as this process lives.
+# repair, the zeroing of new space; and Drained, so that whoever takes over has all that was ever answered, as long as
+# this process lives.
 #
 # The backlog is bounded. A leg for which there is no more room falls *behind*: its part of the backlog is dropped
 # and the manager told, which records the leg outdated. What it lacks is marked in the dirty bitmap all the same,
@@ -29,7 +30,6 @@ cdef inline bint lags(Leg *leg) noexcept nogil:
 
 cdef void ship_release(Core *core, Ship *ship) noexcept nogil:
     """No leg waits for it any more."""
-    cdef Ship *first
     if ship.buffer != NULL:
         core.ship_bytes -= arena_size(&core.arena, ship.buffer)
         arena_release(&core.arena, ship.buffer)

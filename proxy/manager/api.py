@@ -265,7 +265,7 @@ def _add_domains(app: FastAPI, service: Service) -> None:
 
     @app.get("/domains/{name}/losses")
     async def list_losses(name: str) -> list[dict[str, Any]]:
-        """What the last failover has lost, by disk and offset, all of it."""
+        """What the last failover that has lost anything has lost, by disk and offset, all of it."""
         return [asdict(one) for one in service.losses(name)]
 
     @app.post("/domains/{name}/verify")

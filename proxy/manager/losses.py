@@ -2,6 +2,7 @@
 
 import math
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import trio
@@ -18,6 +19,19 @@ if TYPE_CHECKING:
     from proxy.manager.session import Session
 
 
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """A loss is accepted for the leg on ``group``; ``order`` is done when that is about to serve.
+
+    ``by_policy``: of the domain, which has nobody to look at how much it is: not if it is everything.
+    """
+
+    group: str
+    why: str
+    by_policy: bool
+    order: Order
+
+
 class Losses:
     """The losses that are accepted in one session.
 
@@ -28,15 +42,14 @@ class Losses:
     def __init__(self, session: "Session") -> None:
         self._session = session
         self.lost: list[LostRange] = []
-        # The leg that a loss is accepted for, why, and whether it is by policy.
-        self._accepting: tuple[str, str, bool, Order] | None = None
+        self._accepting: Acceptance | None = None
         self._held_since: float | None = None  # for want of a leg, on trio's clock
         self._accept_from = -math.inf  # no loss is accepted by policy before this, on the same clock
         self._accept_turn = -1
 
     def is_wanted(self, group: str) -> bool:
         """Whether this leg is to serve although it lacks something."""
-        return self._accepting is not None and self._accepting[0] == group
+        return self._accepting is not None and self._accepting.group == group
 
     def close(self, error: Exception) -> None:
         """The server is gone: what is under way fails with ``error``."""
@@ -50,20 +63,16 @@ class Losses:
     def accept(self, group: str, why: str, *, by_policy: bool = False) -> Order:
         """Have a leg serve that lacks something, since none is left that does not; done when that has begun.
 
-        Args:
-            by_policy: of the domain, which has nobody to look at how much it is: not if it is everything.
-
         Raises:
             RefusedError: nothing has to be lost; or it is no leg, or the one that lacks nothing.
         """
         self._session.machine.check_loss(group)
         if self._accepting is not None:
             raise RefusedError(
-                f"domain {self._session.name} is about to be served from {self._accepting[0]} already"
+                f"domain {self._session.name} is about to be served from {self._accepting.group} already"
             )
-        order = Order(nothing)
-        self._accepting = (group, why, by_policy, order)
-        return order
+        self._accepting = Acceptance(group, why, by_policy, Order(nothing))
+        return self._accepting.order
 
     async def advance(self) -> None:
         """Have the leg serve that a loss is accepted for; or accept one, if that is the domain's policy and time."""
@@ -74,7 +83,8 @@ class Losses:
         if self._accepting is None:
             self._accept_by_policy()
             return
-        group, why, by_policy, order = self._accepting
+        accepting = self._accepting
+        group = accepting.group
         leg = self._session.legs.open.get(group)
         if leg is None:
             await self._session.legs.abandon(self._session.groups()[group])
@@ -89,20 +99,20 @@ class Losses:
             return
         try:
             lost = await self._give_up_to(leg)
-            if by_policy and sum(one.length for one in lost) == self._used_bytes():
+            if accepting.by_policy and sum(one.length for one in lost) == self._used_bytes():
                 raise RefusedError(f"{group} cannot serve: it lacks everything, as far as is known")
         except (RefusedError, StoreError) as error:
             self._end(error)
             return
         self.lost = lost
         try:
-            await self._session.feed(LossAccepted(group, why))
+            await self._session.feed(LossAccepted(group, accepting.why))
         except RefusedError as error:
             self._end(error)
         else:
             leg.fresh_at = None
             self._accepting = None
-            order.finish()
+            accepting.order.finish()
 
     def _accept_by_policy(self) -> None:
         after_s = self._session.domain.domain.accept_loss.after_s
@@ -137,7 +147,7 @@ class Losses:
 
     def _end(self, error: Exception) -> None:
         if self._accepting is not None:
-            self._accepting[-1].finish(error)
+            self._accepting.order.finish(error)
             self._accepting = None
 
     def _used_bytes(self) -> int:

@@ -192,7 +192,7 @@ def _lag_view(
             backlog: dict[str, Any] = served["backlog"]
             return backlog
     allotted = sum(length for _, _, length in copy_ranges(domain.disks))
-    doubtful = (status["doubtful_bytes"] if status else None) or {}
+    doubtful = status["doubtful_bytes"] if status else {}
     return {"bytes": doubtful.get(str(group.uuid), allotted), "seconds": None}
 
 
