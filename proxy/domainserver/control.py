@@ -62,9 +62,10 @@ class LegStatus:
 
 @dataclass(slots=True)
 class VerifyStatus:
-    """The verify under way: ``began`` on trio's clock, ``groups`` by leg."""
+    """The verify under way: ``began`` on trio's clock, ``limit`` in bytes a second (0: none), ``groups`` by leg."""
 
     began: float
+    limit: int
     groups: dict[int, str]
 
 
@@ -249,19 +250,20 @@ class Server:
         }
 
     async def _status(self, frame: Frame) -> dict[str, Any]:
-        statistics = self.engine.statistics()
         now = trio.current_time()
+        legs = {
+            str(leg_id): {
+                "devices": [device._asdict() for device in self.engine.device_statistics(leg_id)],
+                "copy": self._copy_status(leg_id),
+                "backlog": self._backlog_status(leg_id),
+            }
+            for leg_id in self._legs
+        }
         return {
-            "statistics": statistics._asdict(),
+            # After the devices', so that what is counted there is counted here.
+            "statistics": self.engine.statistics()._asdict(),
             "clients": list(self.doors.clients.values()),
-            "legs": {
-                str(leg_id): {
-                    "devices": [device._asdict() for device in self.engine.device_statistics(leg_id)],
-                    "copy": self._copy_status(leg_id),
-                    "backlog": self._backlog_status(leg_id),
-                }
-                for leg_id in self._legs
-            },
+            "legs": legs,
             "dirty_bytes": self._dirty_bytes(),
             # If it has not been sent the last writes either; nobody knows before there is a map.
             "doubtful_bytes": self._dirty_bytes(doubtful=True) if self._generation else {},
@@ -279,6 +281,7 @@ class Server:
                 (verify.groups[one.leg], one.disk, one.offset, one.length) for one in report.mismatches
             ],
             "seconds": trio.current_time() - verify.began,
+            "limit": verify.limit,
         }
 
     def _copy_status(self, leg_id: int) -> dict[str, Any] | None:
@@ -516,7 +519,7 @@ class Server:
                 ) from None
             raise RefusedError(f"domain {self.domain} has no uptodate backup to compare with") from None
         groups = {leg_id: leg.group for leg_id, leg in self._legs.items()}
-        self._verify = VerifyStatus(trio.current_time(), groups)
+        self._verify = VerifyStatus(trio.current_time(), body["rate"], groups)
 
     async def _stop_verify(self, frame: Frame) -> None:
         self.engine.stop_verify()

@@ -71,6 +71,20 @@ cdef struct BacklogMail:
     uint64_t bytes
     uint64_t age_ns
 
+cdef struct StatisticsMail:
+    Counters counters
+    uint32_t connections
+    uint64_t running
+    bint held
+    uint64_t generation
+    uint64_t memory_bytes
+    uint64_t backlog
+    uint32_t behind
+
+cdef struct DevicesMail:
+    Leg *leg
+    Device *devices            # copies, as many as the leg has
+
 cdef struct PaceMail:
     uint64_t rate
     uint64_t floor
@@ -161,6 +175,30 @@ cdef void mail_backlog(Core *core, void *arguments) noexcept nogil:
     if (lags(request.leg) and request.leg.ships_landed < core.ships_end
             and core.now_ns > ship_at(core, request.leg.ships_landed).answered_ns):
         request.age_ns = core.now_ns - ship_at(core, request.leg.ships_landed).answered_ns
+
+cdef void mail_statistics(Core *core, void *arguments) noexcept nogil:
+    cdef StatisticsMail *request = <StatisticsMail *>arguments
+    cdef uint64_t running = core.running
+    cdef uint32_t i
+    request.counters = core.counters
+    request.connections = core.connection_count
+    for i in range(LEG_SLOTS):
+        if core.legs[i].in_use:
+            running -= core.legs[i].shipping
+    request.running = running + core.parked.count + core.cramped.count
+    request.held = core.held
+    request.memory_bytes = core.arena.used_bytes
+    request.backlog = core.ships_end - core.ships_first
+    request.generation = 0
+    request.behind = 0
+    if core.map != NULL:
+        request.generation = core.map.generation
+        for i in range(core.map.leg_count):
+            request.behind += core.map.legs[i].behind
+
+cdef void mail_device_statistics(Core *core, void *arguments) noexcept nogil:
+    cdef DevicesMail *request = <DevicesMail *>arguments
+    memcpy(request.devices, request.leg.devices, request.leg.device_count * sizeof(Device))
 
 cdef void mail_pace(Core *core, void *arguments) noexcept nogil:
     core.copy_rate = (<PaceMail *>arguments).rate
@@ -922,35 +960,35 @@ cdef class Engine:
     # --- Statistics ------------------------------------------------------------------------------
 
     def statistics(self):
-        """Counters of the whole engine, as they stand."""
-        cdef Core *core = self.core
-        cdef Counters s = core.counters
-        cdef uint32_t shipping = 0
-        cdef uint32_t behind = 0
-        cdef uint32_t i
-        for i in range(LEG_SLOTS):
-            if core.legs[i].in_use:
-                shipping += core.legs[i].shipping
-        for i in range(core.map.leg_count if core.map != NULL else 0):
-            behind += core.map.legs[i].behind
+        """Counters of the whole engine, between two batches."""
+        cdef StatisticsMail m
+        cdef Counters s
+        self._mail(mail_statistics, &m)
+        s = m.counters
         return Statistics(
             s.reads, s.writes, s.flushes, s.trims, s.zeroes, s.read_bytes, s.written_bytes, s.errors, s.refused,
-            s.waited, s.parked, s.replayed, s.late, core.connection_count,
-            max(<int64_t>core.running - shipping, 0) + core.parked.count + core.cramped.count, core.held,
-            core.map.generation if core.map != NULL else 0, core.arena.used_bytes, s.read_repairs,
-            core.ships_end - core.ships_first, behind)
+            s.waited, s.parked, s.replayed, s.late, m.connections, m.running, m.held, m.generation, m.memory_bytes,
+            s.read_repairs, m.backlog, m.behind)
 
     def device_statistics(self, int64_t leg_id):
-        """Counters of each device of a leg, in order."""
-        cdef Leg *leg = self._leg(leg_id)
+        """Counters of each device of a leg, in order, between two batches."""
+        cdef DevicesMail request
         cdef Device *d
         cdef uint32_t i
         cdef list found = []
-        for i in range(leg.device_count):
-            d = &leg.devices[i]
-            found.append(DeviceStatistics(
-                d.reads, d.writes, d.flushes, d.read_bytes, d.written_bytes, d.errors, d.in_flight, d.late,
-                d.unproven, d.latency_max_ns, d.error, d.lost, d.read_repairs))
+        request.leg = self._leg(leg_id)
+        request.devices = <Device *>malloc(request.leg.device_count * sizeof(Device))
+        if request.devices == NULL:
+            raise MemoryError
+        try:
+            self._mail(mail_device_statistics, &request)
+            for i in range(request.leg.device_count):
+                d = &request.devices[i]
+                found.append(DeviceStatistics(
+                    d.reads, d.writes, d.flushes, d.read_bytes, d.written_bytes, d.errors, d.in_flight, d.late,
+                    d.unproven, d.latency_max_ns, d.error, d.lost, d.read_repairs))
+        finally:
+            free(request.devices)
         return found
 
 

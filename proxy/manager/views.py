@@ -254,6 +254,8 @@ def _receipt_view(receipt: FailoverReceipt | None) -> dict[str, Any] | None:
 def _verify_view(status: dict[str, Any]) -> dict[str, Any]:
     done = status["compared"] + status["unreadable"]
     rate = done / status["seconds"] if done and status["seconds"] else None
+    if rate and status["limit"]:
+        rate = min(rate, status["limit"])  # the first pieces are over before their time is
     return {
         **{
             key: status[key]
