@@ -18,9 +18,11 @@ wait, nothing is acknowledged, and the active leg of the record stays the one wh
 An operator, or a policy of his, may accept a loss then: a leg that lacks some of what was acknowledged takes over by
 the same steps, and every other leg becomes outdated, the old active one too, whose content counts no more.
 
-In an *asynchronous* domain a backup is complete only when all is drained to it. One that was lost since, or whose
-domain server ended without saying so, lacks what it had yet to get: it is as good as outdated, whatever the record
-says, and that it can be reached again changes nothing.
+In an *asynchronous* domain a backup is complete only when all is drained to it, so the Hold of a switch names who is
+to have it all; if another one is to take over after all, it is held again for that one. A backup that was lost since,
+or whose domain server ended without saying so, lacks what it had yet to get: it is as good as outdated, whatever the
+record says, and that it can be reached again changes nothing. That is also why losing a backup, or dismissing it, holds
+nobody there: no acknowledgement has ever waited for it.
 
 An operator's hold takes the same steps too, and ends in PAUSED instead of SERVING: nothing is released until he
 says so. What is lost meanwhile is dealt with as ever, but for the release.
@@ -264,7 +266,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Drained:
-    """After the last Hold: nothing runs any more."""
+    """After the last Hold: nothing runs any more, and who was to catch up has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,7 +315,9 @@ Input = (
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """Admit no request to the devices. Answered by Drained."""
+    """Admit no request to the devices. Answered by Drained, once those that are to ``catch_up`` lag no more."""
+
+    catch_up: tuple[GroupName, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -476,12 +480,33 @@ class Failover:
         self._held = True
         transition = self._plan()
         if transition is None:
+            self.accepted = None
             self.phase = Phase.HELD
-            return [Hold(), Stuck(self._stuck_reason())]
+            return [self._hold(), Stuck(self._stuck_reason())]
         self.phase = Phase.DRAINING
         # A leg that is dismissed stays open until what is in flight on it is done, so that nothing of it is of
         # unknown fate; and is still there should it have to take over.
-        return [Hold(), *self._fence(group for group in self._dropped(transition) if group in self.lost)]
+        return [
+            self._hold(),
+            *self._fence(group for group in self._dropped(transition) if group in self.lost),
+        ]
+
+    def _leave_behind(self) -> list[Effect]:
+        """Leave for a record without what is lost or dismissed, holding if an acknowledgement may depend on it."""
+        depends = self._held or not self.asynchronous or self.record.active in self.lost
+        return self._begin() if depends else self._record()
+
+    def _begin_again(self) -> list[Effect]:
+        """Held and drained, but another leg than was held for may be the next active one by now."""
+        return self._begin() if self.asynchronous else self._record()
+
+    def _hold(self) -> Hold:
+        if not self.asynchronous:
+            return Hold()
+        if self.operator_hold:
+            return Hold(self.record.attached())
+        transition = self._plan()
+        return Hold((transition.after.active,) if transition is not None and transition.is_failover else ())
 
     def _dropped(self, transition: Transition) -> list[GroupName]:
         attached = transition.after.attached()
@@ -547,7 +572,7 @@ class Failover:
             syncing = [group for group in self.record.attached() if group != self.record.active]
             self.lost = dict.fromkeys(syncing, event.evidence)
             return self._begin() if syncing else [RejectParked()]
-        return self._begin()
+        return self._leave_behind()
 
     def _on_lost_draining(self, event: LegLost) -> list[Effect]:
         if event.group not in (*self.record.attached(), self.accepted) or event.group in self.lost:
@@ -557,7 +582,10 @@ class Failover:
             self.accepted = None
             self.phase = Phase.HELD
             return [Stuck(self._stuck_reason())]
-        return self._fence([event.group])
+        # Whom it held for may have been this one.
+        return (
+            [self._hold(), *self._fence([event.group])] if self.asynchronous else self._fence([event.group])
+        )
 
     def _on_lost_later(self, event: LegLost) -> list[Effect]:
         # A transaction or an install is under way; it is taken up when that is done.
@@ -635,7 +663,7 @@ class Failover:
         if event.group not in self.record.attached():
             return []
         self.dismissed = event.group
-        return self._begin()
+        return self._leave_behind()
 
     def _on_hold_ordered(self, event: HoldOrdered) -> list[Effect]:
         self.operator_hold = True
@@ -687,7 +715,7 @@ class Failover:
         self.lost = {group: evidence for group, evidence in self.lost.items() if group in attached}
         self.fenced &= set(attached)
         if self._held and self.lost:
-            return self._record()
+            return self._begin_again()
         self.phase = Phase.INSTALLING
         return [Install(self.record)]
 
@@ -702,12 +730,12 @@ class Failover:
         return self._begin() if self._lost_matters() else []
 
     def _on_retry(self, event: RetryRecord) -> list[Effect]:
-        return self._record()
+        return self._begin_again()
 
     def _on_installed(self, event: Installed) -> list[Effect]:
         self._has_served = True
         if self._lost_matters():
-            return self._begin()
+            return self._leave_behind()
         if self.operator_hold:
             self.phase = Phase.PAUSED
             return []

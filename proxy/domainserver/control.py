@@ -470,7 +470,7 @@ class Server:
 
     async def _hold(self, frame: Frame) -> int:
         self._held = True
-        return self.engine.hold()
+        return self.engine.hold(frame.body["legs"])
 
     async def _release(self, frame: Frame) -> None:
         self.engine.release()

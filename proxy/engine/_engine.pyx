@@ -178,14 +178,10 @@ cdef void mail_backlog(Core *core, void *arguments) noexcept nogil:
 
 cdef void mail_statistics(Core *core, void *arguments) noexcept nogil:
     cdef StatisticsMail *request = <StatisticsMail *>arguments
-    cdef uint64_t running = core.running
     cdef uint32_t i
     request.counters = core.counters
     request.connections = core.connection_count
-    for i in range(LEG_SLOTS):
-        if core.legs[i].in_use:
-            running -= core.legs[i].shipping
-    request.running = running + core.parked.count + core.cramped.count
+    request.running = core.running - ships_running(core) + core.parked.count + core.cramped.count
     request.held = core.held
     request.memory_bytes = core.arena.used_bytes
     request.backlog = core.ships_end - core.ships_first
@@ -219,7 +215,7 @@ cdef void mail_verify_report(Core *core, void *arguments) noexcept nogil:
     memcpy(arguments, &core.verifier, sizeof(Verifier))
 
 cdef void mail_hold(Core *core, void *arguments) noexcept nogil:
-    hold(core)
+    hold(core, (<uint16_t *>arguments)[0])
 
 cdef void mail_release(Core *core, void *arguments) noexcept nogil:
     release(core)
@@ -872,12 +868,16 @@ cdef class Engine:
             map_free(map)
             raise
 
-    def hold(self):
+    def hold(self, legs=()):
         """Admit no request to the devices; the number of this hold.
 
-        DRAINED with that number tells when those under way are done or parked.
+        DRAINED with that number tells when those under way are done or parked, and these legs, if they lag, have all
+        that clients were told is written.
         """
-        self._mail(mail_hold, NULL)
+        cdef uint16_t bits = 0
+        for leg_id in legs:
+            bits |= ship_bit(self.core, self._leg(leg_id))
+        self._mail(mail_hold, &bits)
         return self.core.holds
 
     def release(self):

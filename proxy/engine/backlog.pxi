@@ -10,8 +10,8 @@
 #
 # Everything that must not see the lag waits for it: a flush of ours, so that no mark of the dirty bitmap is cleared
 # and no stop is clean before the legs have it all; with its claim, and for what that overlaps, a verify, a read
-# repair, the zeroing of new space; and Drained, so that whoever takes over has all that was ever answered, as long as
-# this process lives.
+# repair, the zeroing of new space; and Drained, for the leg that is to take over, so that it has all that was ever
+# answered, as long as this process lives. The others go on lagging behind that one.
 #
 # The backlog is bounded. A leg for which there is no more room falls *behind*: its part of the backlog is dropped
 # and the manager told, which records the leg outdated. What it lacks is marked in the dirty bitmap all the same,
@@ -240,15 +240,26 @@ cdef void ships_settle(Core *core, Leg *leg) noexcept nogil:
 
 # --- Waiting for it ------------------------------------------------------------------------------
 
-cdef bint ships_landed(Core *core, uint64_t end) noexcept nogil:
-    """Whether every leg has all that was answered before this number, or will never have it."""
+cdef bint ships_landed(Core *core, uint16_t legs, uint64_t end) noexcept nogil:
+    """Whether each of these legs has all that was answered before this number, or will never have it."""
+    cdef Leg *leg
     cdef uint32_t i
     if core.ships_first == core.ships_end:
         return True
     for i in range(LEG_SLOTS):
-        if core.legs[i].in_use and lags(&core.legs[i]) and core.legs[i].ships_landed < end:
+        leg = &core.legs[i]
+        if leg.in_use and legs & ship_bit(core, leg) and lags(leg) and leg.ships_landed < end:
             return False
     return True
+
+cdef uint32_t ships_running(Core *core) noexcept nogil:
+    """How many of the requests that run are ships."""
+    cdef uint32_t count = 0
+    cdef uint32_t i
+    for i in range(LEG_SLOTS):
+        if core.legs[i].in_use:
+            count += core.legs[i].shipping
+    return count
 
 cdef uint64_t ships_overlapping(Core *core, Request *request) noexcept nogil:
     """Where the backlog ends as far as a request with a claim is concerned: behind the last that it overlaps."""
@@ -279,11 +290,11 @@ cdef void ships_resume(Core *core) noexcept nogil:
     while count:
         count -= 1
         request = list_pop(&core.catching)
-        if not ships_landed(core, request.seen):
+        if not ships_landed(core, ALL_LEGS, request.seen):
             list_push(&core.catching, request)
         elif request.state == RUNNING:
             advance(core, request)
-        elif core.held and request.kind != FLUSH:
+        elif core.held and (request.kind != FLUSH or not request.token):
             list_push(&core.catching, request)
         else:
             start(core, request)

@@ -4,6 +4,7 @@
 cdef enum:
     LEGS_MAX = 4               # of one map: proxy.model.LEGS_MAX
     LEG_SLOTS = 16             # known at once, with fenced ones whose last answers are still awaited
+    ALL_LEGS = 0xffff          # a bit for each
     REQUESTS_MAX = 2048
     # What the engine's own work (copying, zeroing) always finds free, so that clients cannot starve it.
     REQUESTS_RESERVED = 64
@@ -501,6 +502,7 @@ cdef struct Core:
     Map *map
     bint held
     uint64_t holds             # how often it was told to hold: DRAINED says of which
+    uint16_t drain_legs        # legs that are to have all of the backlog before DRAINED, a bit each
     bint drain_reported
     bint stopping
     uint32_t running

@@ -81,7 +81,7 @@ cdef void start(Core *core, Request *request) noexcept nogil:
         request.seen = core.ships_end
         if ships_matter(request) and request.kind != FLUSH:
             request.seen = ships_overlapping(core, request)
-    if ships_matter(request) and not ships_landed(core, request.seen) and not sf_mutant(LAG_UNAWAITED):
+    if ships_matter(request) and not ships_landed(core, ALL_LEGS, request.seen) and not sf_mutant(LAG_UNAWAITED):
         request.state = CATCHING
         ships_await(core, request)
         return
@@ -282,7 +282,7 @@ cdef void advance(Core *core, Request *request) noexcept nogil:
             return
         if request.rereading:
             request.seen = ships_overlapping(core, request)
-            if not ships_landed(core, request.seen):
+            if not ships_landed(core, ALL_LEGS, request.seen):
                 ships_await(core, request)  # until then what a backup has may be older
                 return
             if not reread(core, request):
@@ -619,8 +619,8 @@ cdef void settle(Core *core) noexcept nogil:
         request = list_pop(&core.starved)
         request.starved = False
         advance(core, request)
-    if (core.held and (core.running == 0 or sf_mutant(DRAIN_UNAWAITED)) and not core.drain_reported
-            and (core.ships_first == core.ships_end or sf_mutant(LAG_UNAWAITED))):
+    if (core.held and (core.running == ships_running(core) or sf_mutant(DRAIN_UNAWAITED)) and not core.drain_reported
+            and (ships_landed(core, core.drain_legs, core.ships_end) or sf_mutant(LAG_UNAWAITED))):
         core.drain_reported = True
         event_put(core, EVENT_DRAINED, 0, 0, 0, core.map.generation if core.map != NULL else 0, core.holds, 0)
     if core.replay_report and core.replays_pending == 0:
@@ -629,8 +629,10 @@ cdef void settle(Core *core) noexcept nogil:
         core.replays = 0
         core.replay_longest_ns = 0
 
-cdef void hold(Core *core) noexcept nogil:
+cdef void hold(Core *core, uint16_t legs) noexcept nogil:
+    """Let nothing begin, until release(); DRAINED tells when nothing runs and these legs have all of the backlog."""
     core.held = True
+    core.drain_legs = legs
     core.holds += 1
     core.drain_reported = False
     core.replay_report = False

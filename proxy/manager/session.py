@@ -498,8 +498,9 @@ class Session:
 
     async def _carry_out(self, effect: Effect) -> Input | None:
         match effect:
-            case Hold():
-                self._hold_number = await self.link.call("hold")
+            case Hold(catch_up):
+                legs = [self.legs.open[group].number for group in catch_up if group in self.legs.open]
+                self._hold_number = await self.link.call("hold", legs=legs)
             case Fence(group):
                 await self.legs.fence(group)
             case MakeDurable(transition):

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -30,6 +31,11 @@ def slow(made: Site, milliseconds: int) -> None:
     """Have beta's devices, not started yet, take that long for a write."""
     for name in ("beta1", "beta2"):
         made.filters[name] = ["--filter=delay", f"wdelay={milliseconds}ms"]
+
+
+def leg_of(shown: Any, group: str) -> Any:
+    """A leg of a domain, as shown."""
+    return next(leg for leg in shown["legs"] if leg["group"] == group)
 
 
 async def qemu_io(made: Site, *commands: str) -> None:
@@ -61,6 +67,30 @@ async def test_async_writes_do_not_wait_for_a_slow_backup_and_a_failover_loses_n
             await made.wait_active("vol1", "beta")
             await answers(witness, 100)
         assert lagged
+        assert witness.connections == 1 + 1
+
+
+@pytest.mark.parametrize("lost", ["alpha2", "beta1"])
+async def test_async_nobody_waits_for_a_backup_that_lags_while_another_leg_is_lost(lost: str) -> None:
+    async with site(settings=LAGGING.replace("deadline_ms = 400", "deadline_ms = 5000")) as made:
+        await made.make(replication="async")
+        made.filters["gamma1"] = ["--filter=delay", "wdelay=60ms"]
+        await made.order("POST", "/groups", name="gamma", devices=[await made.device("gamma1", 200)])
+        await made.order("POST", "/domains/vol1/legs", group="gamma")
+
+        await made.wait("vol1", lambda shown: leg_of(shown, "gamma")["state"] == "uptodate", 60)
+        async with witnessed(made) as witness:
+            # Some 250 writes a second arrive there: this takes it four seconds.
+            await made.wait("vol1", lambda shown: leg_of(shown, "gamma")["lag"]["bytes"] > 4 * MIB)
+            witness.longest_s = 0.0
+            made.kill_device(lost)
+            group = lost[:-1]
+            after = await made.wait("vol1", lambda shown: leg_of(shown, group)["state"] == "outdated")
+            await answers(witness, 500)
+            assert witness.longest_s < 2
+            assert after["active"] == ("beta" if group == "alpha" else "alpha")
+            far = leg_of(after, "gamma")
+            assert far["state"] == "uptodate" and far["lag"]["bytes"] > 0
         assert witness.connections == 1 + 1
 
 

@@ -9,7 +9,7 @@ for its submission layer. Simulated are the process itself, which can be killed 
 import errno
 import os
 import select
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,6 +93,8 @@ class LegNote:
     ends: dict[int, FileHandle | ServerStream] = field(default_factory=dict)
     fenced: bool = False
     mapped: bool = False
+    lags: bool = False  # under this map
+    caught_up: bool = True  # when the domain is drained
     told: bool = False  # something was said against it under this map
     overdue: bool = False  # a device should have been told of at the last look
 
@@ -154,14 +156,17 @@ class WatchedEngine(SimulatedEngine):
         backlog: int = 0,
     ) -> None:
         """See ``Engine.install``."""
-        self.process.check_install(generation, legs)
+        self.process.check_install(generation, legs, lag=backlog > 0)
         super().install(generation, legs, disks, tracking=tracking, backlog=backlog)
 
-    def hold(self) -> int:
+    def hold(self, legs: Iterable[int] = ()) -> int:
         """See ``Engine.hold``."""
+        legs = frozenset(legs)
         self.process.around.held()
         self.process.is_drained = False
-        self.process.hold_number = super().hold()
+        self.process.hold_number = super().hold(legs)
+        for leg_id, note in self.process._legs.items():
+            note.caught_up = not note.lags or leg_id in legs
         return self.process.hold_number
 
     def release(self) -> None:
@@ -417,7 +422,7 @@ class DomainServer:
         name = note.group.name
         if note.fenced:
             raise Violation(f"a {kind.name} goes to group {name} after it was fenced")
-        if self.is_drained:
+        if self.is_drained and (note.caught_up or kind is OpKind.READ):
             raise Violation(f"a {kind.name} goes to group {name} while the domain holds and nothing runs")
         if name not in self.around.record().attached():
             raise Violation(f"a {kind.name} goes to group {name}, which takes no part by the record")
@@ -558,14 +563,15 @@ class DomainServer:
         for end in note.ends.values():
             end.is_fenced = True
 
-    def check_install(self, generation: int, legs: Sequence[tuple[int, LegRole]]) -> None:
+    def check_install(self, generation: int, legs: Sequence[tuple[int, LegRole]], *, lag: bool) -> None:
         """Raise Violation unless these legs may be written to by what the store says and what is under way."""
         record = self.around.record()
         if generation != record.generation:
             raise Violation(f"map {generation} is installed, and {record.generation} is durable")
         fresh = []
-        for leg_id, _ in legs:
+        for leg_id, role in legs:
             note = self._legs[leg_id]
+            note.lags = lag and role is not LegRole.ACTIVE
             if not note.mapped:
                 note.mapped = True
                 fresh.append(note.group)

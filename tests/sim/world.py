@@ -798,6 +798,8 @@ class World:
         if transition.is_planned and before.record.attached() == after.record.attached():
             # Nothing was wrong with any leg, so nothing may be under way on any, nor missing from any.
             names = [leg.group for leg in after.record.legs if leg.state is LegState.UPTODATE]
+            if self._is_asynchronous:
+                names = [before.record.active, after.record.active]
             occasion = f"at the switch from {before.record.active} to {after.record.active} "
             self._check_equal(names, occasion, seen_only=True)
         states = {leg.group: leg.state for leg in before.record.legs}
@@ -821,8 +823,11 @@ class World:
             if fresh:
                 # What was in flight when the server before ended may be on some legs and not on others.
                 self._check_synced(leg.group, after.record.active)
-            # One that lags has all there is when it, or another, takes over; until then it has what it has.
-            if transition.is_failover if self._is_asynchronous else transition.is_planned or is_new:
+            due = transition.is_planned or is_new
+            if self._is_asynchronous:
+                # One that lags has all there is when it takes over; until then it has what it has.
+                due = transition.is_failover and leg.group in (before.record.active, after.record.active)
+            if due:
                 occasion = f"{leg.group} was recorded up to date"
                 self._check_leg(leg.group, occasion, self.history.floors())
                 self._check_leg(leg.group, occasion, self.history.flushed, durable=True)

@@ -144,7 +144,7 @@ def test_hold_is_drained_only_when_every_leg_has_what_was_answered() -> None:
     rig, client = rig_of(1, 2, 3)
     for place in range(4):
         write(rig, client, place * BLOCK, pattern(BLOCK, place))
-    rig.engine.hold()
+    rig.engine.hold((1, 2, 3))
     rig.pump()
     rig.run_leg(2)
     assert not rig.take_events(EventKind.DRAINED)
@@ -154,13 +154,42 @@ def test_hold_is_drained_only_when_every_leg_has_what_was_answered() -> None:
         assert rig.legs[leg].read(0, SIZE) == rig.legs[1].read(0, SIZE)
 
 
+def test_hold_is_drained_when_the_leg_it_is_for_has_what_was_answered_and_the_other_goes_on_behind_it() -> (
+    None
+):
+    rig, client = rig_of(1, 2, 3)
+    for place in range(4):
+        write(rig, client, place * BLOCK, pattern(BLOCK, place))
+    number = rig.engine.hold()
+    rig.pump()
+    (drained,) = rig.take_events(EventKind.DRAINED)
+    assert drained.a == number
+    rig.engine.hold((2,))
+    rig.pump()
+    assert not rig.take_events(EventKind.DRAINED)
+    rig.run_leg(2)
+    assert rig.take_events(EventKind.DRAINED)
+    rig.engine.fence_leg(1)
+    rig.install(2, 3, away=(1,), backlog=64 * KIB)
+    rig.engine.release()
+    overwritten = client.write(0, pattern(BLOCK, 9))
+    run_active(rig, 2)
+    assert client.error(overwritten) == 0
+    assert rig.legs[3].read(0, SIZE) == pattern(SIZE)
+    rig.run()
+    assert not rig.take_events(EventKind.LEG_BEHIND)
+    assert rig.legs[3].read(0, SIZE) == rig.legs[2].read(0, SIZE)
+    assert rig.legs[3].read(0, BLOCK) == pattern(BLOCK, 9)
+    assert rig.engine.statistics().memory_bytes == 0
+
+
 def test_failover_takes_along_what_the_other_leg_had_yet_to_get() -> None:
     rig, client = rig_of(1, 2)
     for place in range(3):
         write(rig, client, place * BLOCK, pattern(BLOCK, place))
     pending = client.write(8 * BLOCK, pattern(BLOCK, 9))
     rig.pump()
-    rig.engine.hold()
+    rig.engine.hold((2,))
     rig.engine.fence_leg(1)
     rig.run_leg(2)
     assert rig.take_events(EventKind.DRAINED)

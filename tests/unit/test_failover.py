@@ -614,8 +614,8 @@ def test_evidence_says_what_happened_to_which_device() -> None:
 
 
 def lagging(*events: Input) -> Failover:
-    """An asynchronous domain on a, with b as its backup, serving, after these events."""
-    machine = Failover(record(a=UPTODATE, b=UPTODATE), asynchronous=True)
+    """An asynchronous domain on a, with b and c as its backups, serving, after these events."""
+    machine = Failover(record(a=UPTODATE, b=UPTODATE, c=OUTDATED), asynchronous=True)
     for event in (Started({}, unclean=False), Recorded(), Installed(), *events):
         machine.receive(event)
     return machine
@@ -625,18 +625,70 @@ def test_asynchronous_backup_takes_over_when_all_is_drained_to_it() -> None:
     machine = lagging(LegLost("a", GONE), Drained())
     assert machine.phase is Phase.RECORDING
     machine.receive(Recorded())
-    assert (machine.record.active, states(machine.record)) == ("b", {"a": OUTDATED, "b": UPTODATE})
+    assert (machine.record.active, states(machine.record)["a"]) == ("b", OUTDATED)
+
+
+def test_asynchronous_backup_is_dropped_without_a_hold() -> None:
+    for event in (LegLost("b", BEHIND), LegDismissed("b")):
+        machine = lagging()
+        fence, durable = machine.receive(event)
+        assert fence == Fence("b")
+        assert isinstance(durable, MakeDurable)
+        assert states(durable.transition.after)["b"] is OUTDATED
+        machine.receive(Recorded())
+        assert not machine.is_held
+        assert (machine.receive(Installed()), machine.phase) == ([], Phase.SERVING)
+
+
+def test_asynchronous_backup_dropped_as_the_active_leg_is_lost_is_not_gone_to() -> None:
+    machine = lagging(LegLost("b", BEHIND), LegLost("a", GONE), Recorded())
+    hold, stuck = machine.receive(Installed())
+    assert (hold, type(stuck), machine.phase) == (Hold(), Stuck, Phase.HELD)
+    assert machine.is_held
+
+
+def test_asynchronous_backup_that_cannot_be_recorded_as_dropped_holds_the_domain() -> None:
+    machine = lagging(LegLost("b", BEHIND))
+    assert machine.receive(RecordFailed("disk full")) == [Hold()]
+    machine.receive(Drained())
+    assert isinstance(machine.receive(RecordFailed("disk full"))[0], Stuck)
+    machine.receive(RetryRecord())
+    machine.receive(Drained())
+    machine.receive(Recorded())
+    assert machine.receive(Installed()) == [Release()]
+
+
+def three_lagging(*events: Input) -> Failover:
+    machine = Failover(record(a=UPTODATE, b=UPTODATE, c=UPTODATE), asynchronous=True)
+    for event in (Started({}, unclean=False), Recorded(), Installed(), *events):
+        machine.receive(event)
+    return machine
+
+
+def test_hold_is_for_the_leg_that_takes_over_to_catch_up() -> None:
+    assert three_lagging().receive(LegLost("a", GONE)) == [Hold(("b",)), Fence("a")]
+    assert three_lagging().receive(Ordered("c")) == [Hold(("c",))]
+    assert three_lagging().receive(HoldOrdered()) == [Hold(("a", "b", "c"))]
+
+
+def test_another_leg_that_takes_over_after_all_is_to_catch_up_first() -> None:
+    again = [Hold(("c",)), Fence("b")]
+    assert three_lagging(LegLost("a", GONE)).receive(LegLost("b", GONE)) == again
+    machine = three_lagging(LegLost("a", GONE), Drained(), LegLost("b", GONE))
+    assert machine.receive(Recorded()) == again
+    machine = three_lagging(LegLost("a", GONE), Drained(), RecordFailed("disk full"), LegLost("b", GONE))
+    assert machine.receive(RetryRecord()) == again
 
 
 def test_asynchronous_backup_that_was_lost_is_not_gone_to_though_it_returns() -> None:
-    machine = lagging(LegLost("b", BEHIND), LegLost("a", GONE))
+    machine = lagging(LegLost("a", GONE), LegLost("b", BEHIND))
     assert machine.phase is Phase.HELD
     assert machine.receive(LegReturned("b")) == []
     assert machine.phase is Phase.HELD
     machine.receive(LegReturned("a"))
     machine.receive(Drained())
     machine.receive(Recorded())
-    assert (machine.record.active, states(machine.record)) == ("a", {"a": UPTODATE, "b": OUTDATED})
+    assert (machine.record.active, states(machine.record)["b"]) == ("a", OUTDATED)
 
 
 def test_asynchronous_backup_is_not_gone_to_after_a_crash() -> None:
@@ -652,8 +704,8 @@ def test_loss_is_accepted_only_where_nothing_else_is_left() -> None:
     machine = lagging()
     with pytest.raises(RefusedError, match="nothing has to be lost: a is active"):
         machine.check_loss("b")
-    machine.receive(LegLost("b", BEHIND))
     machine.receive(LegLost("a", GONE))
+    machine.receive(LegLost("b", BEHIND))
     with pytest.raises(RefusedError, match="is no leg"):
         machine.receive(LossAccepted("nobody", "it has to be"))
     with pytest.raises(RefusedError, match="lacks nothing: bring its devices back"):
@@ -661,12 +713,12 @@ def test_loss_is_accepted_only_where_nothing_else_is_left() -> None:
     machine.receive(LossAccepted("b", "it has to be"))
     assert [type(effect) for effect in machine.receive(Drained())] == [MakeDurable]
     machine.receive(Recorded())
-    assert (machine.record.active, states(machine.record)) == ("b", {"a": OUTDATED, "b": UPTODATE})
+    assert (machine.record.active, states(machine.record)["a"]) == ("b", OUTDATED)
     assert machine.receive(Installed()) == [Release()]
 
 
 def test_leg_that_a_loss_is_accepted_for_is_lost_itself() -> None:
-    machine = lagging(LegLost("b", BEHIND), LegLost("a", GONE), LossAccepted("b", "it has to be"))
+    machine = lagging(LegLost("a", GONE), LegLost("b", BEHIND), LossAccepted("b", "it has to be"))
     machine.receive(LegLost("b", GONE))
     assert machine.phase is Phase.HELD
     assert machine.record.active == "a"
@@ -696,6 +748,7 @@ class World:
         self.installed = 0
         self.held = True
         self.decided = False  # held, and not recorded since
+        self.caught_up = set(GROUPS)  # by the time it is drained
         self.give(first)
         if self.machine.phase is Phase.SERVING:
             self.held, self.installed = False, start.generation  # adopted as it was
@@ -711,8 +764,9 @@ class World:
             self.lacking.add(event.group)
         for effect in self.machine.receive(event):
             match effect:
-                case Hold():
+                case Hold(catch_up):
                     self.held = self.decided = True
+                    self.caught_up = set(catch_up)
                 case Fence(group):
                     self.open.discard(group)
                 case MakeDurable(transition):
@@ -729,6 +783,8 @@ class World:
                         assert after_record.active not in self.lacking, (
                             "a leg that lacks something becomes active"
                         )
+                        if self.machine.asynchronous and transition.is_failover:
+                            assert after_record.active in self.caught_up, "a leg that lags becomes active"
                     assert after_record.active in self.open, "a leg that is fenced becomes active"
                     for group in self.store.attached():
                         if group not in after_record.attached():
