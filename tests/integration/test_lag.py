@@ -225,8 +225,8 @@ async def test_loss_accepted_after_a_crash_of_the_domain_server() -> None:
         await made.make(replication="async")
         await qemu_io(made, "write -P 1 0 1M", "flush")
         await made.wait("vol1", lambda shown: shown["rpo"]["bytes"] == 0)
+        made.kill_manager()  # before it can fail over
         made.kill_device("alpha1")
-        made.kill_manager()
         made.kill_server("vol1")
         await made.start_manager()
         await made.wait("vol1", lambda shown: shown["state"] == "held")
