@@ -20,12 +20,14 @@ class Operation:
         prepare: brings the site to where it can be given.
         give: gives it, and returns when all that follows from it is over.
         again: gives it to a site that died in it and did not do it.
+        tidy: brings the site from there to where all of it can be removed.
     """
 
     name: str
     prepare: Callable[[Site], Awaitable[None]]
     give: Callable[[Site], Awaitable[None]]
     again: Callable[[Site], Awaitable[None]]
+    tidy: Callable[[Site], Awaitable[None]]
 
 
 def device_url(made: Site, name: str, size: int) -> str:
@@ -202,23 +204,76 @@ async def _wait_legs(made: Site, *groups: str) -> None:
     )
 
 
+# --- Holds and losses --------------------------------------------------------------------------------
+
+
+async def _hold(made: Site) -> None:
+    await made.order("POST", f"/domains/{OTHER}/hold")
+
+
+async def _release(made: Site) -> None:
+    await made.order("POST", f"/domains/{OTHER}/release")
+
+
+async def _prepare_release(made: Site) -> None:
+    await _create_domain_with_disk(made)
+    await _hold(made)
+
+
+async def _lose_all_but_outdated(made: Site) -> None:
+    """Leave a domain without its active leg, and with a backup that lacks what was done without it."""
+    for group in ("near", "far"):
+        await made.order("POST", "/groups", name=group, devices=[device_url(made, group, 10 * MIB)])
+    await made.order("POST", "/domains", name=OTHER, size="4M", active="near", backups=["far"])
+    await wait_rest(made, OTHER)
+    for group in ("far", "near"):
+        await _stop_domain(made)
+        for name in ("near", "far"):
+            _move_away(made, name, is_away=name == group)
+        if group == "far":
+            await made.order("POST", f"/domains/{OTHER}/start")
+            await made.order("POST", f"/domains/{OTHER}/disks", name="disk1", size="1M")
+    assert "does not serve" in await made.refused("POST", f"/domains/{OTHER}/start")
+    await made.wait(OTHER, lambda shown: shown["state"] == "held")
+
+
+async def _accept_loss(made: Site) -> None:
+    await made.order("POST", f"/domains/{OTHER}/failover", accept_loss=True)
+    assert await made.order("GET", f"/domains/{OTHER}/losses")
+
+
+async def _bring_back(made: Site) -> None:
+    assert (await made.show(OTHER))["last_failover"]["lost_bytes"] == MIB
+    for name in ("near", "far"):
+        _move_away(made, name, is_away=False)
+
+
+def _move_away(made: Site, name: str, *, is_away: bool) -> None:
+    image, away = made.images / name, made.images / f"{name}.away"
+    if is_away != away.exists():
+        image.rename(away) if is_away else away.rename(image)
+
+
 def _operations(*found: Operation) -> dict[str, Operation]:
     return {one.name: one for one in found}
 
 
 OPERATIONS = _operations(
-    Operation("group-create", _nothing, _create_group, _create_group_again),
-    Operation("group-remove", _create_group, _remove_group, _remove_group),
-    Operation("domain-create", _nothing, _create_domain, _create_domain),
-    Operation("domain-remove", _create_domain_with_disk, _remove_domain, _remove_domain),
-    Operation("domain-stop", _create_domain_with_disk, _stop_domain, _stop_domain),
-    Operation("domain-start", _prepare_start, _start_domain, _start_domain),
-    Operation("disk-create", _nothing, _create_disk, _create_disk),
-    Operation("disk-resize", _create_disk, _resize_disk, _resize_disk),
-    Operation("disk-remove", _create_disk, _remove_disk, _remove_disk),
-    Operation("failover", _nothing, _fail_over, _fail_over),
-    Operation("failback", _fail_over, _fail_back, _fail_back),
-    Operation("resync", _lose_beta, _resync, _resync),
-    Operation("migrate", _create_group, _migrate, _migrate_again),
-    Operation("leg-remove", _add_leg, _remove_leg, _remove_leg_again),
+    Operation("group-create", _nothing, _create_group, _create_group_again, _nothing),
+    Operation("group-remove", _create_group, _remove_group, _remove_group, _nothing),
+    Operation("domain-create", _nothing, _create_domain, _create_domain, _nothing),
+    Operation("domain-remove", _create_domain_with_disk, _remove_domain, _remove_domain, _nothing),
+    Operation("domain-stop", _create_domain_with_disk, _stop_domain, _stop_domain, _nothing),
+    Operation("domain-start", _prepare_start, _start_domain, _start_domain, _nothing),
+    Operation("disk-create", _nothing, _create_disk, _create_disk, _nothing),
+    Operation("disk-resize", _create_disk, _resize_disk, _resize_disk, _nothing),
+    Operation("disk-remove", _create_disk, _remove_disk, _remove_disk, _nothing),
+    Operation("failover", _nothing, _fail_over, _fail_over, _nothing),
+    Operation("failback", _fail_over, _fail_back, _fail_back, _nothing),
+    Operation("resync", _lose_beta, _resync, _resync, _nothing),
+    Operation("migrate", _create_group, _migrate, _migrate_again, _nothing),
+    Operation("leg-remove", _add_leg, _remove_leg, _remove_leg_again, _nothing),
+    Operation("hold", _create_domain_with_disk, _hold, _hold, _release),
+    Operation("release", _prepare_release, _release, _release, _nothing),
+    Operation("accept-loss", _lose_all_but_outdated, _accept_loss, _accept_loss, _bring_back),
 )

@@ -112,6 +112,7 @@ async def _crash(
         await _check_legs(made, witness)
         await _check_servers(made)
         await _check_bitmaps(made)
+        await operation.tidy(made)
         await _remove_all(made, keeps_label=operation.name == "group-remove")
         return Outcome(operation.name, number, side, _steps(trap)[number - 1], found == after)
 
@@ -179,6 +180,7 @@ async def inventory(made: Site) -> Any:
             shown["state"],
             shown["size"],
             shown["active"],
+            shown["hold"] is not None,
             {leg["group"]: leg["state"] for leg in shown["legs"]},
             {disk["name"]: disk["size"] for disk in shown["disks"]},
         )
