@@ -104,6 +104,7 @@ class Server:
         self._disk = disk or Disk()
         self._verify: VerifyStatus | None = None
         self._verified: dict[str, Any] | None = None  # what the last one found, until a manager has noted it
+        self._bitmap_error = 0  # why new regions cannot be written to
         self._bitmap: Bitmap | None = None
         self._away: tuple[UUID, ...] = ()
         self._outdated_since: dict[UUID, float] = {}  # on trio's clock
@@ -196,6 +197,8 @@ class Server:
             self._verified = {"kind": event.kind.name, "leg": 0, **self._verify_report()}
             self._verify = None
             log.info("the verify has ended: %s", event)
+        elif event.kind is EventKind.BITMAP_FAILED:
+            self._bitmap_error = event.code
         leg = self._legs.get(event.leg)
         if leg is None:
             return
@@ -242,6 +245,7 @@ class Server:
     async def _hello(self, frame: Frame) -> dict[str, Any]:
         return {
             "domain": self.domain,
+            "bitmap_error": self._bitmap_error,
             "generation": self._generation,
             "held": self._held,
             "last_leg": self._last_leg,

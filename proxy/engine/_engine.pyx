@@ -181,7 +181,7 @@ cdef void mail_statistics(Core *core, void *arguments) noexcept nogil:
     cdef uint32_t i
     request.counters = core.counters
     request.connections = core.connection_count
-    request.running = core.running - ships_running(core) + core.parked.count + core.cramped.count
+    request.running = core.running - ships_running(core, ALL_LEGS) + core.parked.count + core.cramped.count
     request.held = core.held
     request.memory_bytes = core.arena.used_bytes
     request.backlog = core.ships_end - core.ships_first

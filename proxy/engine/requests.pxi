@@ -619,7 +619,8 @@ cdef void settle(Core *core) noexcept nogil:
         request = list_pop(&core.starved)
         request.starved = False
         advance(core, request)
-    if (core.held and (core.running == ships_running(core) or sf_mutant(DRAIN_UNAWAITED)) and not core.drain_reported
+    if (core.held and not core.drain_reported
+            and (core.running == ships_running(core, ~core.drain_legs) or sf_mutant(DRAIN_UNAWAITED))
             and (ships_landed(core, core.drain_legs, core.ships_end) or sf_mutant(LAG_UNAWAITED))):
         core.drain_reported = True
         event_put(core, EVENT_DRAINED, 0, 0, 0, core.map.generation if core.map != NULL else 0, core.holds, 0)

@@ -275,6 +275,8 @@ class Session:
             if record.group not in self.legs.open:
                 self.legs.suspect(groups[record.group])  # how it was lost is not known to us
         self.tell(Severity.INFO, "adopted", f"domain {self.name} was found running and is supervised again")
+        if hello["bitmap_error"]:
+            self._tell_bitmap(hello["bitmap_error"])
         self._verifying = status["verify"] is not None
         if hello["verified"] is not None:
             await self._take_verified(hello["verified"])

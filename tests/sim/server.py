@@ -177,7 +177,10 @@ class WatchedEngine(SimulatedEngine):
     def submit(self, kind: RequestKind, disk: int = 0, offset: int = 0, length: int = 0) -> int:
         """See ``Engine.submit``. A flush runs also while the domain holds."""
         self.process.is_drained = False
-        return super().submit(kind, disk, offset, length)
+        token = super().submit(kind, disk, offset, length)
+        if kind is RequestKind.FLUSH:
+            self.process.flushes.add(token)
+        return token
 
     def fail_parked(self) -> None:
         """See ``Engine.fail_parked``."""
@@ -236,6 +239,7 @@ class DomainServer:
         self.has_map = False
         self.hold_number = -1
         self.is_drained = False  # the domain holds, and has said that nothing runs
+        self.flushes: set[int] = set()  # of the server's own, under way
         self._erred: set[str] = set()  # groups whose legs met errors under this map, and were fenced
         self._deadline_ns = deadline_ms * MILLISECOND_NS
         self._bitmap: FileHandle | None = None
@@ -488,7 +492,10 @@ class DomainServer:
         elif event.kind is EventKind.VERIFIED:
             self._check_verified()
         elif event.kind is EventKind.DRAINED:
-            self.is_drained = self.engine.statistics().held and event.a == self.hold_number
+            is_last = self.engine.statistics().held and event.a == self.hold_number
+            self.is_drained = is_last and not self.flushes
+        elif event.kind is EventKind.DONE:
+            self.flushes.discard(event.a)
         elif event.kind is EventKind.REPLAYED:
             self.agenda.count("replayed", event.a)
         elif note is None:

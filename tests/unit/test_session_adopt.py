@@ -1,5 +1,6 @@
 """What a session makes of a domain server that a manager before it had; the server is a script."""
 
+import errno
 import math
 from pathlib import Path
 from typing import Any, cast
@@ -57,9 +58,12 @@ def found(**differences: Any) -> dict[str, Any]:
     return plain | {"drained": False, "unproven": 0, "against": None} | differences
 
 
-async def adopted(leg: dict[str, Any], nursery: trio.Nursery, *, held: bool = True) -> Session:
+async def adopted(
+    leg: dict[str, Any], nursery: trio.Nursery, *, held: bool = True, bitmap_error: int = 0
+) -> Session:
     """A session that has adopted a server which has this leg open as number 9, and perhaps holds."""
     hello = {"generation": 4, "held": held, "last_leg": 9, "verified": None, "legs": {"9": leg}}
+    hello["bitmap_error"] = bitmap_error
     post, queue = trio.open_memory_channel[Item](math.inf)
     store = a_store()
     session = Session(
@@ -103,6 +107,12 @@ async def test_adopt_of_a_leg_never_used_and_failed_lets_go_of_it(nursery: trio.
     session = await adopted(found(mapped=False, against=against), nursery)
     assert not session.legs.open
     assert "close-leg" in cast(ScriptedLink, session.link).calls
+
+
+async def test_adopt_while_the_bitmap_cannot_be_written_is_told(nursery: trio.Nursery) -> None:
+    session = await adopted(found(), nursery, held=False, bitmap_error=errno.ENOSPC)
+    told = [event.message for event in session.store.events(0, 100)]
+    assert any("the dirty bitmap bitmap cannot be written (No space left on device)" in one for one in told)
 
 
 async def test_resync_of_a_leg_that_has_left_since_it_was_ordered_is_refused(nursery: trio.Nursery) -> None:
