@@ -10,7 +10,8 @@ from bench.bitmap import bitmap
 from bench.compare import compare
 from bench.errors import BenchError
 from bench.extents import extents
-from bench.failover import Backend, failover
+from bench.failover import Backend, Plan, failover
+from bench.faults import Fault
 from bench.grounds import tidy
 from bench.resync import resync
 from proxy.errors import InvalidError
@@ -72,13 +73,19 @@ def _arguments() -> argparse.Namespace:
     )
     command("bitmap", "What the dirty bitmap costs writes, and a crash.", rounds=3, seconds=10.0)
     command("resync", "What a resync costs a client, and how fast it is.", rounds=5, seconds=4.0)
-    failing = command("failover", "The stall of failovers on a lost connection.", rounds=30, seconds=2.0)
+    failing = command("failover", "The stall of failovers when a device fails.", rounds=30, seconds=2.0)
     failing.add_argument(
         "--backend",
         type=Backend,
         choices=list(Backend),
         default=Backend.NBD,
         help="how devices are reached (default %(default)s)",
+    )
+    failing.add_argument(
+        "--fault", type=Fault, choices=list(Fault), default=Fault.KILL, help="how (default %(default)s)"
+    )
+    failing.add_argument(
+        "--deadline-ms", type=int, default=5000, metavar="N", help="of a device (default %(default)s)"
     )
     command("extents", "Look-up in a map of a million extents against one of three.", rounds=7, seconds=3.0)
     return parser.parse_args()
@@ -89,7 +96,8 @@ def _carry_out(arguments: argparse.Namespace, console: Console) -> int:
     if arguments.command == "compare":
         compare(console, arguments.out, **common, size=arguments.size, only=arguments.only)
     elif arguments.command == "failover":
-        return 0 if failover(console, arguments.out, **common, backend=arguments.backend) else 1
+        plan = Plan(arguments.seconds, arguments.backend, arguments.fault, arguments.deadline_ms)
+        return 0 if failover(console, arguments.out, plan, rounds=arguments.rounds) else 1
     else:
         {"bitmap": bitmap, "extents": extents, "resync": resync}[arguments.command](
             console, arguments.out, **common

@@ -1,8 +1,8 @@
 """``python -m bench failover``: how long clients are stalled when a device's server dies under load.
 
 Two legs, three devices and two, each device an nbdkit of its own, as if on other machines. In each round one
-server of the active leg is killed -9 under load, which takes its connection with it; then it is started again
-and its leg resynced, so that the next round fails over in the other direction.
+server of the active leg fails under load, by default by kill -9, which takes its connection with it (``faults``);
+then it is well again and its leg resynced, so that the next round fails over in the other direction.
 
 The stall is measured twice: Standfast's own ``last_failover.stall_ms``, and the slowest request that the
 client saw in the whole round, which cannot be less.
@@ -21,8 +21,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from bench import fio, report
+from bench import faults, fio, report
 from bench.errors import BenchError
+from bench.faults import Fault, Victim
 from bench.grounds import Grounds, grounds
 from bench.meta import circumstances
 from bench.results import percentile
@@ -34,13 +35,13 @@ from proxy.sizes import MIB
 #: As the sizes of the devices of a group can differ from those of its backup.
 LEGS = {"alpha": (3, 50 * MIB), "beta": (2, 75 * MIB)}
 DISK_SIZE = 128 * MIB
-#: What a client may feel, at the 99th percentile.
+#: What a client may feel, at the 99th percentile; beyond the deadline of a device that says nothing.
 TARGET_MS = 100.0
 
 #: The load is taken to be running after this many requests.
 _WARM_OPS = 1000
-#: The deadline of a device is 5 s; beyond six of it nobody is going to fail over any more.
-_FAILOVER_TIMEOUT_S = 30.0
+#: Deadlines of a device after which nobody is going to fail over any more.
+_PATIENCE = 6
 _POLL_S = 0.05
 #: Fixed, so that every run kills the same devices in the same order.
 _SEED = 2
@@ -57,7 +58,7 @@ class Backend(StrEnum):
 class Round:
     """One failover: what Standfast says of it, and what the client saw."""
 
-    killed: str
+    failed: str
     source: str
     target: str
     reason: str
@@ -71,14 +72,30 @@ class Round:
 @dataclass(frozen=True, slots=True)
 class _Device:
     url: str
-    server: Server
+    victim: Victim
 
 
-def failover(console: Console, out: Path, *, rounds: int, seconds: float, backend: Backend) -> bool:
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What each round is like; ``seconds``: that the load lasts, ``deadline_ms``: of a device."""
+
+    seconds: float
+    backend: Backend
+    fault: Fault
+    deadline_ms: int
+
+    def __post_init__(self) -> None:
+        if self.fault.needs_tcp and self.backend is not Backend.NBD:
+            raise BenchError(f"{self.fault} is done to packets: it takes --backend {Backend.NBD}")
+
+    @property
+    def target_ms(self) -> float:
+        """What a client may feel."""
+        return TARGET_MS + (self.deadline_ms if self.fault.is_silent else 0)
+
+
+def failover(console: Console, out: Path, plan: Plan, *, rounds: int) -> bool:
     """Measure, write ``failover.json`` and print the distribution.
-
-    Args:
-        seconds: that the load lasts in each round.
 
     Returns:
         Whether no client saw an error.
@@ -91,10 +108,11 @@ def failover(console: Console, out: Path, *, rounds: int, seconds: float, backen
     done = []
     with grounds(size) as place, ExitStack() as running:
         legs = {
-            group: [_device(running, place, backend, f"{group}{number}", share) for number in range(width)]
+            group: [_device(running, place, plan, f"{group}{number}", share) for number in range(width)]
             for group, (width, share) in LEGS.items()
         }
-        site = running.enter_context(running_site(place.run / "site"))
+        settings = f"deadline_ms = {plan.deadline_ms}\n"
+        site = running.enter_context(running_site(place.run / "site", settings))
         for group, devices in legs.items():
             site.create_group(group, [device.url for device in devices])
         site.create_domain("bench", DISK_SIZE, *_active_and_backups())
@@ -103,18 +121,17 @@ def failover(console: Console, out: Path, *, rounds: int, seconds: float, backen
         pick = random.Random(_SEED)
         with Progress(console=console, transient=True) as progress:
             for _ in progress.track(range(rounds), description="failovers"):
-                done.append(_round(site, uri, legs, pick, seconds, place))
-    summary = summarise(done)
+                done.append(_round(site, uri, legs, pick, plan, place))
+    summary = summarise(done, plan.target_ms)
     written = report.write(
         out,
         "failover.json",
         {
             "meta": {
                 **meta,
-                "backend": backend,
-                "seconds": seconds,
-                "client": " ".join(fio.command(FAILOVER, "URI", seconds)),
-                "device": " ".join(legs["alpha"][0].server.command),
+                **asdict(plan),
+                "client": " ".join(fio.command(FAILOVER, "URI", plan.seconds)),
+                "device": " ".join(legs["alpha"][0].victim.server.command),
             },
             "summary": summary,
             "rounds": [asdict(one) for one in done],
@@ -129,19 +146,22 @@ def _active_and_backups() -> tuple[str, Sequence[str]]:
     return active, backups
 
 
-def _device(running: ExitStack, place: Grounds, backend: Backend, name: str, size: int) -> _Device:
+def _device(running: ExitStack, place: Grounds, plan: Plan, name: str, size: int) -> _Device:
     image = place.memory / name
     with open(image, "xb") as file:
         file.truncate(size)
+    trigger = place.run / f"{name}.fails"
     address: Path | int
-    if backend is Backend.NBD:
-        address = free_port()
+    port = None
+    if plan.backend is Backend.NBD:
+        address = port = free_port()
         url, door = f"nbd://127.0.0.1:{address}/", ["--ipaddr=127.0.0.1", f"--port={address}"]
     else:
         address = place.run / f"{name}.sock"
         url, door = f"nbd+unix:///?socket={address}", [f"--unix={address}"]
-    command = ["nbdkit", "--foreground", *door, "file", f"file={image}"]
-    return _Device(url, running.enter_context(Server(command, address, place.run)))
+    command = ["nbdkit", "--foreground", *door, "file", f"file={image}", *faults.filters(plan.fault, trigger)]
+    server = running.enter_context(Server(command, address, place.run))
+    return _Device(url, Victim(server, port, trigger))
 
 
 def _round(
@@ -149,29 +169,29 @@ def _round(
     uri: str,
     legs: dict[str, list[_Device]],
     pick: random.Random,
-    seconds: float,
+    plan: Plan,
     place: Grounds,
 ) -> Round:
     before = site.wait_domain("bench", is_whole, SYNC_TIMEOUT_S)
     device = pick.choice(legs[before["active"]])
-    with fio.Client(FAILOVER, uri, seconds, place.run) as client:
+
+    def is_over(view: dict[str, Any]) -> bool:
+        receipt = view["last_failover"]
+        return (
+            receipt is not None
+            and receipt["generation"] > before["map_generation"]
+            and receipt["stall_ms"] is not None
+        )
+
+    with fio.Client(FAILOVER, uri, plan.seconds, place.run) as client:
         _wait_load(site, client, before["statistics"])
-        device.server.kill()
-
-        def is_over(view: dict[str, Any]) -> bool:
-            receipt = view["last_failover"]
-            return (
-                receipt is not None
-                and receipt["generation"] > before["map_generation"]
-                and receipt["stall_ms"] is not None
-            )
-
-        receipt = site.wait_domain("bench", is_over, _FAILOVER_TIMEOUT_S)["last_failover"]
-        outcome = client.wait_outcome()
-    device.server.start()
+        with faults.injected(plan.fault, device.victim):
+            patience_s = _PATIENCE * plan.deadline_ms / 1000
+            receipt = site.wait_domain("bench", is_over, patience_s)["last_failover"]
+            outcome = client.wait_outcome()
     site.call("POST", "/domains/bench/resync", {"group": before["active"]})
     return Round(
-        killed=device.url,
+        failed=device.url,
         source=receipt["from"],
         target=receipt["to"],
         reason=receipt["reason"],
@@ -189,11 +209,11 @@ def _wait_load(site: Site, client: fio.Client, before: dict[str, int]) -> None:
         if sum(now[kind] - before[kind] for kind in ("reads", "writes")) >= _WARM_OPS:
             return
         if client.has_ended():
-            raise BenchError("the load ended before a device could be killed; give it more --seconds")
+            raise BenchError("the load ended before a device could fail; give it more --seconds")
         time.sleep(_POLL_S)  # nothing tells how far a client is
 
 
-def summarise(rounds: Sequence[Round]) -> dict[str, Any]:
+def summarise(rounds: Sequence[Round], target_ms: float) -> dict[str, Any]:
     """The distribution over at least one round. Pure."""
     stalls = [one.stall_ms for one in rounds]
     seen = [one.client_max_ms for one in rounds]
@@ -205,8 +225,8 @@ def summarise(rounds: Sequence[Round]) -> dict[str, Any]:
         },
         "replayed": sum(one.replayed for one in rounds),
         "client_errors": sum(one.client_errors for one in rounds),
-        "target_ms": TARGET_MS,
-        "is_met": percentile(seen, 99) < TARGET_MS,
+        "target_ms": target_ms,
+        "is_met": percentile(seen, 99) < target_ms,
     }
 
 

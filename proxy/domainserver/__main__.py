@@ -29,6 +29,7 @@ def main() -> int:
     parser.add_argument("uuid", type=UUID)
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--deadline-ms", type=int, required=True)
+    parser.add_argument("--probe-ms", type=int, required=True)
     arguments = parser.parse_args()
     logging.basicConfig(
         level=os.environ.get("STANDFAST_LOG", "INFO"),
@@ -48,6 +49,7 @@ def main() -> int:
         nbd_errors={number: int(value) for number, value in NBD_ERROR_BY_ERRNO.items()},
         deadline_ns=arguments.deadline_ms * 1_000_000,
         medium_errors=MEDIUM_ERRORS,
+        probe_ns=arguments.probe_ms * 1_000_000,
     )
     server = Server(arguments.name, arguments.directory, engine=engine, doors=Doors(engine, arguments.name))
     return 0 if trio.run(_serve, server, arguments.directory) else 1

@@ -49,7 +49,7 @@ Files
     ``core.pxi`` all state; ``arena.pxi`` memory; ``claims.pxi``, ``extents.pxi``; ``requests.pxi``
     the life of a request; ``bitmap.pxi`` and ``dirty.pxi`` the dirty bitmap; ``backlog.pxi`` legs that
     lag; ``stream.pxi`` sockets, used by ``door.pxi`` and ``remote.pxi``; ``copier.pxi``,
-    ``repairer.pxi`` and ``verifier.pxi`` what the engine does of its own accord; ``loop.pxi``;
+    ``repairer.pxi``, ``verifier.pxi`` and ``prober.pxi`` what the engine does of its own accord; ``loop.pxi``;
     ``_engine.pyx`` the Python face. They are one C unit on purpose.
     ``mutants.pxi`` is nothing in the build that ships; in a test build it breaks rules on request.
 """

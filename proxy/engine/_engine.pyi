@@ -15,7 +15,12 @@ from proxy.engine.types import (
 
 class Engine:
     def __init__(
-        self, *, nbd_errors: dict[int, int], deadline_ns: int, medium_errors: Collection[int] = ()
+        self,
+        *,
+        nbd_errors: dict[int, int],
+        deadline_ns: int,
+        medium_errors: Collection[int] = (),
+        probe_ns: int = 0,
     ) -> None: ...
     def start(self) -> None: ...
     def stop(self) -> None: ...

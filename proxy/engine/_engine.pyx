@@ -19,6 +19,7 @@ include "door.pxi"
 include "copier.pxi"
 include "repairer.pxi"
 include "verifier.pxi"
+include "prober.pxi"
 include "loop.pxi"
 include "uring.pxi"
 include "simulator.pxi"
@@ -111,6 +112,7 @@ cdef void mail_add_leg(Core *core, void *arguments) noexcept nogil:
         for j in range(leg.device_count):
             device = &leg.devices[j]
             device.leg = leg
+            device.heard_ns = core.now_ns
             if device.kind == DEVICE_NBD:
                 stream_receive(core, device.stream)
         request.error = 0
@@ -181,7 +183,7 @@ cdef void mail_statistics(Core *core, void *arguments) noexcept nogil:
     cdef uint32_t i
     request.counters = core.counters
     request.connections = core.connection_count
-    request.running = core.running - ships_running(core, ALL_LEGS) + core.parked.count + core.cramped.count
+    request.running = core.running - core.probing - ships_running(core, ALL_LEGS) + core.parked.count + core.cramped.count
     request.held = core.held
     request.memory_bytes = core.arena.used_bytes
     request.backlog = core.ships_end - core.ships_first
@@ -332,6 +334,7 @@ cdef class Engine:
         deadline_ns: how long a device may take for one operation before it is reported.
         medium_errors: errnos of a device that is there and cannot read; with an uptodate backup such a
             read is repaired, not reported. None: every error is reported.
+        probe_ns: how long a device may be silent before it is asked for something; 0: for ever.
     """
 
     cdef Core *core
@@ -341,7 +344,7 @@ cdef class Engine:
     cdef dict _maps            # generation -> (address of the Map, what keeps its arrays alive)
     cdef uint64_t _next_token
 
-    def __cinit__(self, *, dict nbd_errors, uint64_t deadline_ns, medium_errors=()):
+    def __cinit__(self, *, dict nbd_errors, uint64_t deadline_ns, medium_errors=(), uint64_t probe_ns=0):
         cdef Core *core
         cdef uint32_t i
         self.core = core = <Core *>calloc(1, sizeof(Core))
@@ -351,6 +354,7 @@ cdef class Engine:
         self._maps = {}
         self._next_token = 1
         core.deadline_ns = deadline_ns
+        core.probe_ns = probe_ns
         core.round_every_ns = ROUND_NS
         core.dirty.fd = -1
         core.dirty.op.done = dirty_written

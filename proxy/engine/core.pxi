@@ -61,6 +61,7 @@ cdef enum:  # RequestKind
     COPY = 7                   # ours: from the active leg to one that is syncing
     REPAIR = 8                 # ours: from a backup to the active leg, which could not read it
     VERIFY = 9                 # ours: of the active leg with its backups
+    PROBE = 10                 # ours: of one device, for an answer
 
 cdef enum:  # RequestState
     IDLE                       # in the pool, or being received
@@ -268,6 +269,7 @@ cdef struct Device:
     SubOp *newest
     uint32_t in_flight
     int32_t error              # of the last failure, errno
+    uint64_t heard_ns          # when it last answered, or was added, or was probed
     # NBD
     Stream *stream
     SubOp *queue_head          # commands to send
@@ -496,6 +498,7 @@ cdef struct Core:
     uint64_t now_ns
     uint64_t tick_ns
     uint64_t deadline_ns
+    uint64_t probe_ns          # silent for this long, a device is probed; 0: never
     uint64_t round_every_ns    # between two rounds of the dirty bitmap
     uint8_t nbd_errors[256]    # proxy.errors.NBD_ERROR_BY_ERRNO
     bint medium_errors[256]    # those of proxy.failover.MEDIUM_ERRORS
@@ -506,6 +509,7 @@ cdef struct Core:
     bint drain_reported
     bint stopping
     uint32_t running
+    uint32_t probing           # of them
     uint64_t busy_ns           # when a request last came in
     uint64_t client_ns         # and when a client's did
     uint64_t copy_rate         # bytes a second that a copy may take; 0: all it can

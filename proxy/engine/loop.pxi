@@ -110,6 +110,7 @@ cdef void settle_all(Core *core) noexcept nogil:
         else:
             check_deadlines(core)
             connections_check(core)
+            probes_check(core)
         dirty_check(core)
     connections_bury(core)
 
@@ -128,6 +129,8 @@ cdef void step(Core *core) noexcept nogil:
         patience = TICK_NS
     elif core.now_ns - core.busy_ns > GIVE_BACK_NS:
         arena_give_back(&core.arena)
+    if core.probe_ns and core.probe_ns < patience:
+        patience = core.probe_ns
     pause = copiers_pause(core)
     core.ring.wait(core.ring, core, verifier_patience(core, patience if patience < pause else pause))
     mail_take(core)

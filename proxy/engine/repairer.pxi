@@ -26,7 +26,7 @@ cdef bint may_reread(Core *core, SubOp *sub, int32_t error) noexcept nogil:
     """Whether a sub-operation that failed is a read of the active leg that a backup can stand in for."""
     cdef Request *request = sub.request
     cdef Map *map = request.map
-    if sub.kind != SUB_READ or error < 0 or error >= 256 or not core.medium_errors[error]:
+    if sub.kind != SUB_READ or request.kind == PROBE or error < 0 or error >= 256 or not core.medium_errors[error]:
         return False
     # The end of a file is no bad block: to write there would put zeroes over all that is missing before it.
     if sub.op.result == 0 or sub.device.lost or sub.device.leg != map.legs[map.active]:

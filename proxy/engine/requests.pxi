@@ -195,7 +195,7 @@ cdef bint next_phase(Core *core, Request *request) noexcept nogil:
     if request.kind == VERIFY:
         return verify_next(core, request)
     if request.phase == READING:
-        if request.kind == READ:
+        if request.kind == READ or request.kind == PROBE:
             return False
         # What is sparse stays sparse; but only a write has a device replace a bad block.
         if request.kind == COPY and map.can_zero and sf_all_zero(request.buffer, request.length):
@@ -271,7 +271,7 @@ cdef void advance(Core *core, Request *request) noexcept nogil:
             finish(core, request, 0)
             return
         if request.failed:
-            if request.rejected or request.shipping != NULL:
+            if request.rejected or request.shipping != NULL or request.kind == PROBE:
                 finish(core, request, request.error)
             else:
                 park(core, request)
@@ -441,6 +441,7 @@ cdef void subop_end(Core *core, SubOp *sub, int32_t error) noexcept nogil:
     else:
         sub.newer.older = sub.older
     device.in_flight -= 1
+    device.heard_ns = core.now_ns
     device.leg.in_flight -= 1
     if latency > device.latency_max_ns:
         device.latency_max_ns = latency
@@ -478,7 +479,7 @@ cdef void subop_end(Core *core, SubOp *sub, int32_t error) noexcept nogil:
     elif error and not (sf_mutant(BACKUP_ERROR_IGNORED) and device.leg != request.map.legs[request.map.active]):
         request.failed = True
         request.error = error
-        if not device.reported and not device.leg.fenced:
+        if not device.reported and not device.leg.fenced and not probe_is_answered(core, request, error):
             device.reported = True
             event_put(core, EVENT_DEVICE_ERROR, device.leg.id, device.index, error, request.map.generation,
                       sub.kind, sub.device_offset)
@@ -545,6 +546,8 @@ cdef void answer(Core *core, Request *request) noexcept nogil:
         dirty_flushed(core, error)
     elif request.kind == REPAIR:
         repair_done(core, request)
+    elif request.kind == PROBE:
+        probe_done(core, request)
     elif request.step != NULL:
         verifier_done(core, request)
     else:
@@ -620,7 +623,7 @@ cdef void settle(Core *core) noexcept nogil:
         request.starved = False
         advance(core, request)
     if (core.held and not core.drain_reported
-            and (core.running == ships_running(core, ~core.drain_legs) or sf_mutant(DRAIN_UNAWAITED))
+            and (core.running == core.probing + ships_running(core, ~core.drain_legs) or sf_mutant(DRAIN_UNAWAITED))
             and (ships_landed(core, core.drain_legs, core.ships_end) or sf_mutant(LAG_UNAWAITED))):
         core.drain_reported = True
         event_put(core, EVENT_DRAINED, 0, 0, 0, core.map.generation if core.map != NULL else 0, core.holds, 0)

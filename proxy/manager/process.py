@@ -88,7 +88,7 @@ def find(directory: Path, uuid: UUID) -> Process | None:
         raise StartingError("another process of this domain is just starting or ending") from None
 
 
-def start(name: str, uuid: UUID, directory: Path, *, deadline_ms: int) -> Process:
+def start(name: str, uuid: UUID, directory: Path, *, deadline_ms: int, probe_ms: int) -> Process:
     """Start the domain server of ``name``, in a session of its own so that it outlives us.
 
     Raises:
@@ -96,6 +96,7 @@ def start(name: str, uuid: UUID, directory: Path, *, deadline_ms: int) -> Proces
     """
     command = [sys.executable, "-m", "proxy.domainserver", name, str(uuid)]
     command += ["--directory", str(directory), "--deadline-ms", str(deadline_ms)]
+    command += ["--probe-ms", str(probe_ms)]
     try:
         directory.mkdir(mode=0o755, exist_ok=True)
         with open(directory / "server.log", "ab") as output:

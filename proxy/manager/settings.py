@@ -16,6 +16,8 @@ class Settings:
         deadline_ms: how long a device may take for one operation before it counts as failed. A
             guest's disk gives up after 30 s and its file system notices nothing below; a healthy
             device, even a busy one, answers in less than a second.
+        probe_interval_s: how long a device may be silent before it is asked for something, so that a hang is
+            noticed also where nobody waits: this and ``deadline_ms`` later. 0: never.
         quarantine_s: how long a server whose connection broke with writes in flight is left alone
             after it can be reached again, before anything is written to it: NBD gives no proof
             that such writes are done with, so they are given time to be. A server alive enough to
@@ -38,6 +40,7 @@ class Settings:
     """
 
     deadline_ms: int = 5000
+    probe_interval_s: float = 1.0
     quarantine_s: float = 3.0
     reopen_interval_s: float = 1.0
     bitmap_region_kib: int = 1 << REGION_SHIFT_DEFAULT >> 10
@@ -51,6 +54,7 @@ class Settings:
 
 _LIMITS = {
     "deadline_ms": (10, 600_000),
+    "probe_interval_s": (0, 3600),
     "quarantine_s": (0, 3600),
     "reopen_interval_s": (0.05, 3600),
     "bitmap_region_kib": (1 << REGION_SHIFTS[0] >> 10, 1 << REGION_SHIFTS[-1] >> 10),

@@ -59,7 +59,9 @@ class Running(Protocol):
 class Start(Protocol):
     """``process.start``."""
 
-    def __call__(self, name: str, uuid: UUID, directory: Path, *, deadline_ms: int) -> Running: ...
+    def __call__(
+        self, name: str, uuid: UUID, directory: Path, *, deadline_ms: int, probe_ms: int
+    ) -> Running: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +236,11 @@ class Supervisor:
         adopted = running is not None
         if running is None:
             running = self._host.start(
-                self.name, uuid, self.directory, deadline_ms=self._settings.deadline_ms
+                self.name,
+                uuid,
+                self.directory,
+                deadline_ms=self._settings.deadline_ms,
+                probe_ms=round(self._settings.probe_interval_s * 1000),
             )
         try:
             link = await self._connect(running)

@@ -429,13 +429,13 @@ class ServerStream:
     """A connection of an engine to a device that is an NBD server; both ends of it.
 
     Args:
-        reading: called when the engine sends a READ.
+        reading: called with the offset when the engine sends a READ.
 
     Attributes:
         is_fenced: whatever it reads from now on is of no meaning, and is made to show it.
     """
 
-    def __init__(self, device: Device, engine: SimulatedEngine, reading: Callable[[], None]) -> None:
+    def __init__(self, device: Device, engine: SimulatedEngine, reading: Callable[[int], None]) -> None:
         self.device = device
         self.engine = engine
         self.is_fenced = False
@@ -466,7 +466,7 @@ class ServerStream:
             data = self.engine.data(op.number)
             for request in self._sent.feed(data[self._sent_bytes - self._accepted_bytes :]):
                 if request.command == Command.READ:
-                    self._reading()
+                    self._reading(request.offset)
             self._sent_bytes = self._accepted_bytes + len(data)
             self._agenda.soon(self._accept, self.device.pace_ns)
 

@@ -31,6 +31,7 @@ RUN = Path("/run/simulated")
 #: Times that go with those of simulated devices, and regions small enough for a domain to have several.
 SETTINGS = Settings(
     deadline_ms=200,
+    probe_interval_s=0.3,
     quarantine_s=0.35,
     reopen_interval_s=0.04,
     bitmap_region_kib=16,
@@ -140,7 +141,7 @@ class Place(Surroundings, Protocol):
     server: DomainServer | None
     read_repairs_max: int
 
-    def start_server(self, name: str, directory: Path, deadline_ms: int) -> DomainServer:
+    def start_server(self, name: str, directory: Path, deadline_ms: int, probe_ms: int) -> DomainServer:
         """Start a domain server."""
 
     def manager_died(self) -> None:
@@ -221,9 +222,11 @@ class Manager:
         server = self._place.server
         return None if server is None or server.gone.is_set() else server
 
-    def _start(self, name: str, uuid: UUID, directory: Path, *, deadline_ms: int) -> DomainServer:
+    def _start(
+        self, name: str, uuid: UUID, directory: Path, *, deadline_ms: int, probe_ms: int
+    ) -> DomainServer:
         self.contact()
-        server = self._place.start_server(name, directory, deadline_ms)
+        server = self._place.start_server(name, directory, deadline_ms, probe_ms)
         self.contact()
         return server
 

@@ -36,10 +36,13 @@ DEVICE_BASE = 8192
 DEADLINE_NS = 1_000_000_000
 
 
-def new_engine() -> SimulatedEngine:
-    """An engine with the real tables of errors and a deadline of ``DEADLINE_NS``."""
+def new_engine(probe_ns: int = 0) -> SimulatedEngine:
+    """An engine with the real tables of errors and a deadline of ``DEADLINE_NS``; by default it does not probe."""
     return SimulatedEngine(
-        nbd_errors=dict(NBD_ERROR_BY_ERRNO), deadline_ns=DEADLINE_NS, medium_errors=MEDIUM_ERRORS
+        nbd_errors=dict(NBD_ERROR_BY_ERRNO),
+        deadline_ns=DEADLINE_NS,
+        medium_errors=MEDIUM_ERRORS,
+        probe_ns=probe_ns,
     )
 
 

@@ -278,9 +278,7 @@ class World:
         server = self.server
         assert server is not None
         await self._until(lambda: agenda.now_ns >= limit_ns and not server.is_busy, "answers")
-        memory_bytes = server.engine.statistics().memory_bytes
-        if memory_bytes:
-            self.fail(Violation(f"{memory_bytes} bytes of memory are still taken"))
+        await self._until(lambda: not server.engine.statistics().memory_bytes, "gives its memory back")
         self.history.check()
         assert self.manager is not None
         self.manager.end()
@@ -355,11 +353,13 @@ class World:
         """See ``manager.Place``."""
         self.agenda.soon(self._start_manager, 50 * MILLISECOND_NS)
 
-    def start_server(self, name: str, directory: Path, deadline_ms: int) -> DomainServer:
+    def start_server(self, name: str, directory: Path, deadline_ms: int, probe_ms: int) -> DomainServer:
         """See ``manager.Place``."""
         assert self.server is None, "two domain servers of one domain"
         self.agenda.say("a domain server is started")
-        self.server = DomainServer(self, name, directory, deadline_ms=deadline_ms, nursery=self._nursery)
+        self.server = DomainServer(
+            self, name, directory, deadline_ms=deadline_ms, probe_ms=probe_ms, nursery=self._nursery
+        )
         return self.server
 
     def ended(self, server: DomainServer, unanswered: list[Operation]) -> None:

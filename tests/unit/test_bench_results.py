@@ -92,6 +92,6 @@ def test_summarise_failovers_judges_what_the_client_saw(slowest_ms: float, met: 
         Round("nbd://a/", "alpha", "beta", "lost", 10.0, 32, client_max_ms, errors, 1000)
         for client_max_ms, errors in [(12.0, 0), (slowest_ms, 2), (11.0, 0)]
     ]
-    summary = summarise(rounds)
+    summary = summarise(rounds, 100.0)
     assert summary["client_max_ms"] == {"p50": 12.0, "p99": slowest_ms, "max": slowest_ms}
     assert (summary["replayed"], summary["client_errors"], summary["is_met"]) == (96, 2, met)
