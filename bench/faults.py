@@ -72,11 +72,14 @@ def injected(fault: Fault, victim: Victim) -> Iterator[None]:
         case Fault.DROP:
             rules = "".join(f"tcp {end} {victim.port} drop\n" for end in ("sport", "dport"))
             hook = "type filter hook input priority 0"
-            _run("nft", f"table inet {_TABLE} {{ chain input {{ {hook}\n{rules} }} }}")
+            _run("nft", f"table inet {_TABLE} {{\nchain input {{\n{hook}\n{rules}}}\n}}")
             try:
                 yield
             finally:
                 _run("nft", "delete", "table", "inet", _TABLE)
+            # nbdkit does not always survive a client that is gone with writes under way.
+            victim.server.kill()
+            victim.server.start()
         case Fault.EIO:
             victim.trigger.touch()
             try:
