@@ -24,6 +24,10 @@ or whose domain server ended without saying so, lacks what it had yet to get: it
 record says, and that it can be reached again changes nothing. That is also why losing a backup, or dismissing it, holds
 nobody there: no acknowledgement has ever waited for it.
 
+Nobody need wait for ever: clients may be told errors instead, in HELD, by the domain's policy. What they wrote may be
+on any leg then, on some and not on others; so first every leg is fenced, and the one that returns first is the only one
+that is not brought up to date again from the dirty bitmap.
+
 An operator's hold takes the same steps too, and ends in PAUSED instead of SERVING: nothing is released until he
 says so. What is lost meanwhile is dealt with as ever, but for the release.
 
@@ -239,6 +243,11 @@ class LegDismissed:
 
 
 @dataclass(frozen=True, slots=True)
+class PatienceEnded:
+    """Clients have waited for a leg for as long as the domain's policy wants them to."""
+
+
+@dataclass(frozen=True, slots=True)
 class HoldOrdered:
     """The operator wants clients held, and all of theirs done: it is reached in phase PAUSED."""
 
@@ -299,6 +308,7 @@ Input = (
     | Ordered
     | LossAccepted
     | LegDismissed
+    | PatienceEnded
     | HoldOrdered
     | ReleaseOrdered
     | Change
@@ -352,13 +362,20 @@ class RejectParked:
 
 
 @dataclass(frozen=True, slots=True)
+class FailClients:
+    """Tell clients errors, all that they wait for and all that they ask for, until the next Hold or Release."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Stuck:
     """No leg is left to go to, or the store cannot be written: the domain waits."""
 
     reason: str
 
 
-Effect = Hold | Fence | MakeDurable | Install | Release | RejectParked | Stuck
+Effect = Hold | Fence | MakeDurable | Install | Release | RejectParked | FailClients | Stuck
 
 
 @dataclass(slots=True)
@@ -380,6 +397,7 @@ class Failover:
     order_reason: str = ""
     dismissed: GroupName | None = None
     accepted: GroupName | None = None
+    failing: bool = False
     fenced: set[GroupName] = field(default_factory=set)
     _held: bool = True
     _transition: Transition | None = None
@@ -478,6 +496,7 @@ class Failover:
     def _begin(self) -> list[Effect]:
         """Leave for the next record: hold, and fence what is lost; or hold and wait for a leg."""
         self._held = True
+        self.failing = False
         transition = self._plan()
         if transition is None:
             self.accepted = None
@@ -669,6 +688,22 @@ class Failover:
         self.operator_hold = True
         return self._begin()
 
+    def _on_patience_ended(self, event: PatienceEnded) -> list[Effect]:
+        if self.failing or self.operator_hold:
+            return []
+        self.failing = True
+        attached = self.record.attached()
+        for group in attached:
+            known = self.lost.get(group)
+            # One that is being copied to may have what clients are told has failed, behind the copy; and whose answers
+            # are awaited no more is lost whatever comes.
+            if known is None or known.kind is EvidenceKind.DEADLINE:
+                detail = "clients were told errors" if known is None else "it did not answer in time"
+                self.lost[group] = Evidence(
+                    EvidenceKind.UNREACHABLE, known.device if known else group, detail=detail
+                )
+        return [*self._fence(attached), FailClients(self._stuck_reason())]
+
     def _on_release_ordered(self, event: ReleaseOrdered) -> list[Effect]:
         self.operator_hold = False
         if self.phase is Phase.HELD:
@@ -781,6 +816,7 @@ _TABLE: Mapping[tuple[Phase, type[Input]], _Handler] = MappingProxyType(
         (Phase.HELD, LegReturned): Failover._on_returned,
         (Phase.HELD, Ordered): Failover._on_ordered_held,
         (Phase.HELD, LossAccepted): Failover._on_loss_accepted,
+        (Phase.HELD, PatienceEnded): Failover._on_patience_ended,
         (Phase.HELD, ReleaseOrdered): Failover._on_release_ordered,
         (Phase.HELD, Drained): Failover._on_drained_held,
         (Phase.PAUSED, LegLost): Failover._on_lost_paused,

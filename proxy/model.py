@@ -169,7 +169,7 @@ class Domain:
 
     ``size`` is in bytes; ``listen`` is ``host:port`` of its TCP door, or empty. ``failback``: to the preferred
     leg, once that is up to date. ``accept_loss``: have a leg serve that lacks something, when none is left that
-    does not.
+    does not. ``no_leg``: how long clients wait then before they are told errors.
     """
 
     id: DomainId
@@ -180,6 +180,7 @@ class Domain:
     listen: str
     failback: Delay = MANUAL
     accept_loss: Delay = MANUAL
+    no_leg: Delay = MANUAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,6 +290,25 @@ def parse_delay(what: str, text: str) -> Delay:
             f"{what} {text!r} is neither manual, immediate, nor a number of seconds up to {DELAY_MAX_S}"
         )
     return Delay(after_s)
+
+
+def parse_patience(text: str) -> Delay:
+    """The delay meant by ``hold`` (never), ``fail`` (none) or ``hold:SECONDS``. Raises InvalidError."""
+    if text == "hold":
+        return MANUAL
+    if text == "fail":
+        return Delay(0.0)
+    seconds = text.removeprefix("hold:")
+    if seconds == text or seconds in ("manual", "immediate"):
+        raise InvalidError(f"no-leg {text!r} is neither hold, fail, nor hold:SECONDS")
+    return parse_delay("no-leg hold:", seconds)
+
+
+def format_patience(delay: Delay) -> str:
+    """The text that ``parse_patience`` takes."""
+    if delay.after_s is None:
+        return "hold"
+    return f"hold:{delay.after_s:g}" if delay.after_s else "fail"
 
 
 def parse_replication(text: str) -> Replication:

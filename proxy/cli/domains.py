@@ -34,6 +34,15 @@ AcceptLoss = Annotated[
     ),
 ]
 
+NoLeg = Annotated[
+    str,
+    typer.Option(
+        metavar="hold|fail|hold:SECONDS",
+        help="What clients get when no leg is left to serve from: they wait, they are told errors at once, or once "
+        "they have waited for so long.",
+    ),
+]
+
 app = branch("Logical storage domains: addresses that stay while the groups behind them change.")
 
 
@@ -52,6 +61,7 @@ def create(
     listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Serve on this TCP address too.")] = "",
     failback: Failback = "manual",
     accept_loss: AcceptLoss = "manual",
+    no_leg: NoLeg = "hold",
     as_json: Json = False,
     run: Run = RUN_DEFAULT,
 ) -> None:
@@ -65,6 +75,7 @@ def create(
         "listen": listen,
         "failback": failback,
         "accept_loss": accept_loss,
+        "no_leg": no_leg,
     }
     domain: DomainObject = Manager(run).post("domains", body=body)
     text = f"domain {name} created: {format_size(domain['size'])}, {domain['state']}, active is {active}"
@@ -192,15 +203,16 @@ def set_domain(
     name: DomainName,
     failback: Annotated[str | None, Failback.__metadata__[0]] = None,
     accept_loss: Annotated[str | None, AcceptLoss.__metadata__[0]] = None,
+    no_leg: Annotated[str | None, NoLeg.__metadata__[0]] = None,
     as_json: Json = False,
     run: Run = RUN_DEFAULT,
 ) -> None:
     """Change a domain's policies."""
-    if failback is None and accept_loss is None:
-        raise RefusedError("name a policy to set: --failback, --accept-loss")
-    body = {"failback": failback, "accept_loss": accept_loss}
+    body = {"failback": failback, "accept_loss": accept_loss, "no_leg": no_leg}
+    if not any(body.values()):
+        raise RefusedError("name a policy to set: --failback, --accept-loss, --no-leg")
     domain: DomainObject = Manager(run).post("domains", name, "set", body=body)
-    policies = f"failback is {domain['failback']}, accept-loss is {domain['accept_loss']}"
+    policies = f"failback is {domain['failback']}, accept-loss is {domain['accept_loss']}, no-leg is {domain['no_leg']}"
     done(domain, f"domain {name}: {policies} now", as_json=as_json)
 
 

@@ -187,6 +187,7 @@ class DomainObject(TypedDict):
     replication: str
     failback: str
     accept_loss: str
+    no_leg: str
     hold: HoldObject | None
     migration: MigrationObject | None
     address: str

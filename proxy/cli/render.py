@@ -190,6 +190,7 @@ def _domain_facts(domain: DomainObject) -> list[tuple[str, Cell]]:
         ("rpo", _rpo(domain["rpo"])),
         ("failback", _failback(domain["failback"])),
         ("accept-loss", _accept_loss(domain["accept_loss"])),
+        ("no-leg", domain["no_leg"]),
         ("generation", domain["map_generation"]),
         ("address", domain["address"]),
         ("clients", domain["clients"]),
@@ -197,7 +198,7 @@ def _domain_facts(domain: DomainObject) -> list[tuple[str, Cell]]:
         ("verify", _verify(domain)),
     ]
     if domain["listen"]:
-        facts.insert(7, ("listen", domain["listen"]))
+        facts.insert(8, ("listen", domain["listen"]))
     if (migration := domain["migration"]) is not None:
         facts.insert(0, ("migration", migration_text(migration)))
     if (hold := domain["hold"]) is not None:

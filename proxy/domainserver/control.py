@@ -500,6 +500,9 @@ class Server:
             if leg.against and leg.against["kind"] not in _FOR_GOOD:
                 leg.against = None
 
+    async def _fail_clients(self, frame: Frame) -> None:
+        self.engine.fail_clients()
+
     async def _copy(self, frame: Frame) -> None:
         self._legs[frame.body["leg"]].copied = False
         ranges = [(disk, offset, length) for disk, offset, length in frame.body["ranges"]]
@@ -630,6 +633,7 @@ _OPERATIONS: dict[str, Callable[[Server, Frame], Awaitable[Any]]] = {
     "fence": Server._fence,
     "close-leg": Server._close_leg,
     "reject-parked": Server._reject_parked,
+    "fail-clients": Server._fail_clients,
     "copy": Server._copy,
     "open-bitmap": Server._open_bitmap,
     "give-up": Server._give_up,

@@ -228,6 +228,9 @@ cdef void mail_install(Core *core, void *arguments) noexcept nogil:
 cdef void mail_fail_parked(Core *core, void *arguments) noexcept nogil:
     fail_parked(core)
 
+cdef void mail_fail_clients(Core *core, void *arguments) noexcept nogil:
+    fail_clients(core)
+
 cdef void mail_open_connection(Core *core, void *arguments) noexcept nogil:
     connection_open(core, <Connection *>arguments)
 
@@ -893,6 +896,15 @@ cdef class Engine:
     def fail_parked(self):
         """Answer parked requests with the error they met."""
         self._mail(mail_fail_parked, NULL)
+
+    def fail_clients(self):
+        """While the domain holds: answer all that clients wait for, or ask for, with an error, until hold() or release().
+
+        No leg may be left that is not fenced, or some requests go on waiting for its answers.
+        """
+        if not self.core.held:
+            raise RuntimeError("clients are being served")
+        self._mail(mail_fail_clients, NULL)
 
     def submit(self, kind, uint32_t disk=0, uint64_t offset=0, uint64_t length=0):
         """Have a FLUSH or ZERO of the engine's own carried out like a client's; the token DONE names."""

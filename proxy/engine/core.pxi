@@ -505,6 +505,7 @@ cdef struct Core:
     Map *map
     bint held
     uint64_t holds             # how often it was told to hold: DRAINED says of which
+    bint failing               # held, and clients are not kept waiting: they are told errors
     uint16_t drain_legs        # legs that are to have all of the backlog before DRAINED, a bit each
     bint drain_reported
     bint stopping

@@ -50,6 +50,9 @@ cdef void admit(Core *core, Request *request) noexcept nogil:
     if (core.held and (request.kind != FLUSH or not request.token or core.map == NULL)
             and not (sf_mutant(ADMITTED_WHILE_HELD) and core.map != NULL)):
         request.state = HELD
+        if core.failing and request.connection != NULL:
+            finish(core, request, EIO)
+            return
         mark_replayed(core, request)
         list_push(&core.held_requests, request)
         return
@@ -496,6 +499,9 @@ cdef void leave(Core *core, Request *request) noexcept nogil:
 cdef void park(Core *core, Request *request) noexcept nogil:
     """Keep a request that a leg failed until the next map. Its claim stays."""
     cdef bint is_next = request.map != core.map
+    if core.failing and request.connection != NULL:
+        finish(core, request, request.error)
+        return
     leave(core, request)
     if sf_mutant(PARKED_UNCLAIMED):
         unclaim(core, request)
@@ -517,7 +523,8 @@ cdef void finish(Core *core, Request *request, int32_t error) noexcept nogil:
     request.state = FINISHED
     request.error = error
     unclaim(core, request)
-    if core.held and request.kind != READ and request.connection != NULL and not sf_mutant(ACKNOWLEDGED_WHILE_HELD):
+    if (core.held and not core.failing and request.kind != READ and request.connection != NULL
+            and not sf_mutant(ACKNOWLEDGED_WHILE_HELD)):
         # Once a failover is decided nothing is acknowledged before its record is durable.
         mark_replayed(core, request)
         list_push(&core.withheld, request)
@@ -636,6 +643,7 @@ cdef void settle(Core *core) noexcept nogil:
 cdef void hold(Core *core, uint16_t legs) noexcept nogil:
     """Let nothing begin, until release(); DRAINED tells when nothing runs and these legs have all of the backlog."""
     core.held = True
+    core.failing = False
     core.drain_legs = legs
     core.holds += 1
     core.drain_reported = False
@@ -644,7 +652,7 @@ cdef void hold(Core *core, uint16_t legs) noexcept nogil:
 cdef void release(Core *core) noexcept nogil:
     """End the hold: answer what was withheld, redo what was parked, let in what was held, in this order."""
     cdef uint32_t count = core.held_requests.count
-    core.held = False
+    core.held = core.failing = False
     core.wake = core.marks_moved = core.ships_moved = True
     core.replay_report = True
     while core.withheld.count:
@@ -708,6 +716,35 @@ cdef void fail_parked(Core *core) noexcept nogil:
         for j in range(core.map.legs[i].device_count):
             if not core.map.legs[i].devices[j].lost:
                 core.map.legs[i].devices[j].reported = False
+
+cdef void fail_clients(Core *core) noexcept nogil:
+    """End the patience of a hold: answer all that clients wait for, and will ask for until it is over, with an error.
+
+    What they wrote may be on any leg by now. Its regions are marked, and whoever has every leg but one brought up to
+    date again from its marks before that counts (proxy/failover.py) may say so.
+    """
+    core.failing = True
+    fail_list(core, &core.held_requests)
+    fail_list(core, &core.waiting)
+    fail_list(core, &core.marking)
+    fail_list(core, &core.catching)
+    fail_list(core, &core.parked)
+    fail_list(core, &core.cramped)
+    fail_list(core, &core.withheld)
+
+cdef void fail_list(Core *core, RequestList *requests) noexcept nogil:
+    cdef uint32_t count = requests.count
+    cdef Request *request
+    while count:
+        count -= 1
+        request = list_pop(requests)
+        if request.connection == NULL:
+            list_push(requests, request)
+            continue
+        if request.replayed:
+            request.replayed = False
+            core.replays_pending -= 1
+        finish(core, request, request.error if request.error else EIO)
 
 cdef void leg_check_drained(Core *core, Leg *leg) noexcept nogil:
     cdef uint64_t unproven = 0

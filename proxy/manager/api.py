@@ -50,6 +50,7 @@ class NewDomain(_Body):
     listen: str = ""
     failback: str = "manual"
     accept_loss: str = "manual"
+    no_leg: str = "hold"
 
 
 class Nothing(_Body):
@@ -80,6 +81,7 @@ class Policies(_Body):
 
     failback: str | None = None
     accept_loss: str | None = None
+    no_leg: str | None = None
 
 
 class NewDisk(_Body):
@@ -227,6 +229,7 @@ def _add_domains(app: FastAPI, service: Service) -> None:
             body.listen,
             body.failback,
             body.accept_loss,
+            body.no_leg,
         )
         return await domain_view(service, domain)
 
@@ -302,7 +305,9 @@ def _add_domains(app: FastAPI, service: Service) -> None:
 
     @app.post("/domains/{name}/set")
     async def set_domain(name: str, body: Policies) -> dict[str, Any]:
-        changed = service.set_domain(name, failback=body.failback, accept_loss=body.accept_loss)
+        changed = service.set_domain(
+            name, failback=body.failback, accept_loss=body.accept_loss, no_leg=body.no_leg
+        )
         return await domain_view(service, changed)
 
     @app.post("/domains/{name}/resync")

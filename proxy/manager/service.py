@@ -36,8 +36,10 @@ from proxy.model import (
     LostRange,
     Severity,
     check_name,
+    format_patience,
     parse_delay,
     parse_layout,
+    parse_patience,
     parse_replication,
 )
 from proxy.sizes import format_size, parse_size
@@ -225,6 +227,7 @@ class Service:
         listen: str,
         failback: str = str(MANUAL),
         accept_loss: str = str(MANUAL),
+        no_leg: str = format_patience(MANUAL),
     ) -> DomainRecord:
         """Allot a domain's space on every leg and put it online; its first sync goes on in the background.
 
@@ -236,6 +239,7 @@ class Service:
         mode = parse_replication(replication)
         failback_policy = parse_delay("failback", failback)
         loss_policy = parse_delay("accept-loss", accept_loss)
+        patience = parse_patience(no_leg)
         self._check_paths(name)
         _check_address(listen)
         names = [active, *backups]
@@ -264,6 +268,7 @@ class Service:
                 time.time(),
                 failback=failback_policy,
                 accept_loss=loss_policy,
+                no_leg=patience,
             )
             supervisor = self._supervise(name)
             try:
@@ -584,7 +589,12 @@ class Service:
         return self.store.domain(name)
 
     def set_domain(
-        self, name: str, *, failback: str | None = None, accept_loss: str | None = None
+        self,
+        name: str,
+        *,
+        failback: str | None = None,
+        accept_loss: str | None = None,
+        no_leg: str | None = None,
     ) -> DomainRecord:
         """Change a domain's policies; what is None stays as it is.
 
@@ -595,9 +605,10 @@ class Service:
         change = StoreChange(
             failback=None if failback is None else parse_delay("failback", failback),
             accept_loss=None if accept_loss is None else parse_delay("accept-loss", accept_loss),
+            no_leg=None if no_leg is None else parse_patience(no_leg),
             events=[
                 NewEvent(Severity.INFO, "domain-set", f"{what} of domain {name} is {policy} now", name)
-                for what, policy in (("failback", failback), ("accept-loss", accept_loss))
+                for what, policy in (("failback", failback), ("accept-loss", accept_loss), ("no-leg", no_leg))
                 if policy is not None
             ],
         )

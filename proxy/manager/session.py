@@ -27,6 +27,7 @@ from proxy.failover import (
     Effect,
     Evidence,
     EvidenceKind,
+    FailClients,
     Failover,
     Fence,
     Hold,
@@ -56,6 +57,7 @@ from proxy.manager.link import CommandError, Link, ServerGoneError
 from proxy.manager.losses import Losses
 from proxy.manager.moves import Moves
 from proxy.manager.orders import Order, nothing
+from proxy.manager.patience import Patience
 from proxy.manager.resyncs import Resyncs
 from proxy.manager.settings import Settings
 from proxy.model import FailoverReceipt, Group, LegState, Replication, Severity
@@ -146,6 +148,7 @@ class Session:
         self._postponed: deque[Order] = deque()
         self.resyncs = Resyncs(self)
         self.losses = Losses(self)
+        self.patience = Patience(self)
         self.moves = Moves(self)
         self.holds = Holds(self)
         self._verifying = False
@@ -518,6 +521,10 @@ class Session:
                     self._unlabelled = ""
             case RejectParked():
                 await self.link.call("reject-parked")
+            case FailClients(reason):
+                await self.link.call("fail-clients")
+                self.stuck = f"clients are told errors: {reason}"
+                self.tell(Severity.ERROR, "failed", f"domain {self.name} has failed: {self.stuck}")
             case Stuck(reason):
                 if reason != self.stuck:
                     self.stuck = reason
@@ -593,6 +600,7 @@ class Session:
         if self.machine.phase is Phase.HELD:
             await self._reopen_lost()
         await self.losses.advance()
+        await self.patience.advance()
         if self.machine.operator_hold:
             await self.holds.advance()
         if self.machine.phase is Phase.SERVING:

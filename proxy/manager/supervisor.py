@@ -126,7 +126,7 @@ class Supervisor:
         if self._session is None:
             return DomainState.FAILED if self.failure else DomainState.HELD
         if self._session.machine.is_held:
-            return DomainState.HELD
+            return DomainState.FAILED if self._session.machine.failing else DomainState.HELD
         record = self._session.machine.record
         backups = [leg for leg in record.legs if leg.group != record.active]
         if backups and not any(leg.state is LegState.UPTODATE for leg in backups):

@@ -21,6 +21,7 @@ from proxy.model import (
     Replication,
     Role,
     VerifyReceipt,
+    format_patience,
 )
 from proxy.store import DiskRecord, DomainRecord
 
@@ -92,6 +93,7 @@ async def domain_view(service: Service, domain: DomainRecord) -> dict[str, Any]:
         "replication": domain.domain.replication,
         "failback": str(domain.domain.failback),
         "accept_loss": str(domain.domain.accept_loss),
+        "no_leg": format_patience(domain.domain.no_leg),
         "hold": _hold_view(domain.hold),
         "address": str(service.run_directory / name / "nbd.sock"),
         "listen": domain.domain.listen or None,

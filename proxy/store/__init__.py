@@ -108,6 +108,7 @@ class Change:
     desired: Desired | None = None
     failback: Delay | None = None
     accept_loss: Delay | None = None
+    no_leg: Delay | None = None
     hold: OperatorHold | None = None
     release: bool = False  # end the operator's hold
     failover: FailoverReceipt | None = None
@@ -174,6 +175,7 @@ class Store(Protocol):
         *,
         failback: Delay = MANUAL,
         accept_loss: Delay = MANUAL,
+        no_leg: Delay = MANUAL,
     ) -> DomainRecord:
         """Record a domain with its space on every leg; RefusedError when the name is taken."""
         ...

@@ -189,6 +189,9 @@ _MIGRATIONS = (
         FOREIGN KEY (domain_id, generation) REFERENCES failovers (domain_id, generation) ON DELETE CASCADE
     ) STRICT;
     """,
+    """
+    ALTER TABLE domains ADD COLUMN fail_after_s REAL;
+    """,
 )
 
 SCHEMA_VERSION = len(_MIGRATIONS)
@@ -372,7 +375,7 @@ class SqliteStore:
         with self._errors():
             rows = self._db.execute(
                 "SELECT d.id, d.uuid, d.name, d.size, d.replication, d.listen, d.failback_after_s,"
-                " d.accept_loss_after_s,"
+                " d.accept_loss_after_s, d.fail_after_s,"
                 " a.desired, a.session_open, a.session, a.generation, g.name"
                 " FROM domains d JOIN attachments a ON a.domain_id = d.id"
                 f" JOIN groups g ON g.id = a.active_group_id {where} ORDER BY d.name",
@@ -442,6 +445,7 @@ class SqliteStore:
                         listen,
                         Delay(failback_after_s),
                         Delay(accept_loss_after_s),
+                        Delay(fail_after_s),
                     ),
                     Desired(desired),
                     bool(session_open),
@@ -463,6 +467,7 @@ class SqliteStore:
                     listen,
                     failback_after_s,
                     accept_loss_after_s,
+                    fail_after_s,
                     desired,
                     session_open,
                     session,
@@ -484,14 +489,25 @@ class SqliteStore:
         *,
         failback: Delay = MANUAL,
         accept_loss: Delay = MANUAL,
+        no_leg: Delay = MANUAL,
     ) -> DomainRecord:
         with self._transaction() as db:
             if db.execute("SELECT 1 FROM domains WHERE name = ?", (name,)).fetchone():
                 raise RefusedError(f"there is a domain {name} already")
             domain_id = db.execute(
                 "INSERT INTO domains (uuid, name, size, replication, listen, failback_after_s,"
-                " accept_loss_after_s, next_disk, created_at) VALUES (?, ?, ?, ?, ?, ?, ?, 1, ?)",
-                (str(uuid), name, size, replication, listen, failback.after_s, accept_loss.after_s, at),
+                " accept_loss_after_s, fail_after_s, next_disk, created_at) VALUES (?, ?, ?, ?, ?, ?, ?, ?, 1, ?)",
+                (
+                    str(uuid),
+                    name,
+                    size,
+                    replication,
+                    listen,
+                    failback.after_s,
+                    accept_loss.after_s,
+                    no_leg.after_s,
+                    at,
+                ),
             ).lastrowid
             db.execute(
                 "INSERT INTO attachments (domain_id, generation, active_group_id, desired, session_open)"
@@ -544,6 +560,10 @@ class SqliteStore:
                 db.execute(
                     "UPDATE domains SET accept_loss_after_s = ? WHERE id = ?",
                     (change.accept_loss.after_s, domain),
+                )
+            if change.no_leg is not None:
+                db.execute(
+                    "UPDATE domains SET fail_after_s = ? WHERE id = ?", (change.no_leg.after_s, domain)
                 )
             if change.release or change.hold is not None:
                 db.execute("DELETE FROM holds WHERE domain_id = ?", (domain,))

@@ -77,6 +77,9 @@ class Surroundings(Protocol):
     def held(self) -> None:
         """The engine is about to be held."""
 
+    def failing(self, *, is_over: bool) -> None:
+        """Clients are told errors, whatever they ask for, from now on; or no longer."""
+
     def rejected(self) -> None:
         """Clients are about to be told of errors that no leg can do without."""
 
@@ -165,6 +168,7 @@ class WatchedEngine(SimulatedEngine):
         """See ``Engine.hold``."""
         legs = frozenset(legs)
         self.process.around.held()
+        self.process.around.failing(is_over=True)
         self.process.is_drained = False
         self.process.hold_number = super().hold(legs)
         for leg_id, note in self.process._legs.items():
@@ -183,6 +187,11 @@ class WatchedEngine(SimulatedEngine):
         if kind is RequestKind.FLUSH:
             self.process.flushes.add(token)
         return token
+
+    def fail_clients(self) -> None:
+        """See ``Engine.fail_clients``."""
+        self.process.around.failing(is_over=False)
+        super().fail_clients()
 
     def fail_parked(self) -> None:
         """See ``Engine.fail_parked``."""

@@ -181,6 +181,7 @@ class World:
         self.read_repairs_max = random.choice((0, 2, 16))
         self._undecided = False  # a failover is decided, is not durable yet, and is watched
         self._rejected_at = -1
+        self._is_failing = False  # clients are told errors
         self._lurks_until_ns = 0  # trouble is about to strike
         self._snapshot: dict[tuple[str, int], bytes] = {}  # of an operator's hold, by group and disk
         self._unanswered: list[Operation] = []  # by domain servers that are gone
@@ -221,8 +222,18 @@ class World:
         failback = Delay(random.choice((None, None, 0.0, 0.3)))
         replication = random.choice((Replication.SYNC, Replication.SYNC, Replication.ASYNC))
         self._is_asynchronous = replication is Replication.ASYNC
+        no_leg = Delay(random.choice((None, None, 0.0, 0.2)))
         self.store.add_domain(
-            DOMAIN, uuid_of(random), size, replication, "", record, runs, 0.0, failback=failback
+            DOMAIN,
+            uuid_of(random),
+            size,
+            replication,
+            "",
+            record,
+            runs,
+            0.0,
+            failback=failback,
+            no_leg=no_leg,
         )
 
     # --- Life -------------------------------------------------------------------------------------
@@ -357,6 +368,7 @@ class World:
         """See ``manager.Place``."""
         assert self.server is None, "two domain servers of one domain"
         self.agenda.say("a domain server is started")
+        self.failing(is_over=True)
         self.server = DomainServer(
             self, name, directory, deadline_ms=deadline_ms, probe_ms=probe_ms, nursery=self._nursery
         )
@@ -439,6 +451,14 @@ class World:
                     stream.take_all()
                 server.turn()
             self._undecided = True
+
+    def failing(self, *, is_over: bool) -> None:
+        """See ``server.Surroundings``."""
+        if not is_over:
+            self.agenda.count("failings")
+        if self._is_failing:
+            self._rejected_at = self.history.tick()
+        self._is_failing = not is_over
 
     def rejected(self) -> None:
         """See ``server.Surroundings``."""
@@ -921,7 +941,7 @@ class World:
             self.agenda.say(f"answer {reply.error} to {operation}")
         disk = self._disk(operation.disk)
         if reply.error:
-            if self._rejected_at < operation.asked and disk is not None:
+            if self._rejected_at < operation.asked and disk is not None and not self._is_failing:
                 raise Violation(f"a client is told of error {reply.error}: {operation}")
             self.agenda.count("errors told")
             self.history.settle(operation)

@@ -59,6 +59,7 @@ def domain(*legs: LegObject, **changes: Any) -> DomainObject:
         "replication": "sync",
         "failback": "manual",
         "accept_loss": "manual",
+        "no_leg": "hold",
         "hold": None,
         "migration": None,
         "address": "/run/standfast/vol1/nbd.sock",

@@ -14,6 +14,7 @@ from proxy.failover import (
     Effect,
     Evidence,
     EvidenceKind,
+    FailClients,
     Failover,
     Fence,
     Hold,
@@ -29,6 +30,7 @@ from proxy.failover import (
     LossAccepted,
     MakeDurable,
     Ordered,
+    PatienceEnded,
     Phase,
     Record,
     Recorded,
@@ -556,6 +558,7 @@ EVENTS: dict[type[Input], Input] = {
     LegReturned: LegReturned("a"),
     Ordered: Ordered("b"),
     LegDismissed: LegDismissed("b"),
+    PatienceEnded: PatienceEnded(),
     HoldOrdered: HoldOrdered(),
     ReleaseOrdered: ReleaseOrdered(),
     Change: Change({}, "disks"),
@@ -728,6 +731,67 @@ def test_leg_that_a_loss_is_accepted_for_is_lost_itself() -> None:
     assert machine.record.active == "a"
 
 
+# --- Clients that are told errors -----------------------------------------------------------------------
+
+
+def held(*events: Input) -> Failover:
+    """A domain on a with b as its backup, both lost, after these events."""
+    machine = serving()
+    for event in (LegLost("a", GONE), LegLost("b", LATE), *events):
+        machine.receive(event)
+    assert machine.phase is Phase.HELD
+    return machine
+
+
+def test_patience_that_ends_fences_every_leg_before_clients_are_told_errors() -> None:
+    machine = held()
+    *fences, fail = machine.receive(PatienceEnded())
+    assert fences == [Fence("b")]  # a was when it was lost
+    assert isinstance(fail, FailClients) and "lost its connection" in fail.reason
+    assert machine.failing
+    assert machine.receive(PatienceEnded()) == []
+
+
+def test_leg_that_was_late_when_clients_were_told_errors_is_not_trusted_because_it_answers() -> None:
+    machine = held(PatienceEnded())
+    assert machine.receive(Drained()) == []
+    assert machine.phase is Phase.HELD
+
+
+@pytest.mark.parametrize("returned", ["a", "b"])
+def test_only_the_leg_that_returns_first_counts_after_clients_were_told_errors(returned: str) -> None:
+    machine = held(PatienceEnded())
+    assert machine.receive(LegReturned(returned))[0] == Hold()
+    assert not machine.failing
+    machine.receive(Drained())
+    machine.receive(Recorded())
+    other = "b" if returned == "a" else "a"
+    assert (machine.record.active, states(machine.record)) == (
+        returned,
+        {returned: UPTODATE, other: OUTDATED},
+    )
+    assert machine.receive(Installed()) == [Release()]
+
+
+def test_leg_being_copied_to_is_copied_to_again_after_clients_were_told_errors() -> None:
+    machine = serving(record(a=UPTODATE, b=SYNCING))
+    machine.receive(LegLost("a", GONE))
+    *fences, _ = machine.receive(PatienceEnded())
+    assert fences == [Fence("a"), Fence("b")]
+    machine.receive(LegReturned("a"))
+    machine.receive(Drained())
+    machine.receive(Recorded())
+    assert states(machine.record) == {"a": UPTODATE, "b": OUTDATED}
+
+
+def test_operators_hold_has_no_end_of_patience() -> None:
+    machine = serving()
+    for event in (HoldOrdered(), Drained(), Recorded(), Installed(), LegLost("a", GONE), LegLost("b", GONE)):
+        machine.receive(event)
+    assert machine.phase is Phase.HELD
+    assert machine.receive(PatienceEnded()) == []
+
+
 # --- Whatever happens -----------------------------------------------------------------------------
 
 
@@ -811,6 +875,9 @@ class World:
                     self.held = False
                 case RejectParked():
                     assert not self.held
+                case FailClients():
+                    assert self.held and not self.machine.operator_hold
+                    assert not self.open & set(self.store.attached()), "a leg may still be written to"
 
     def answer(self, durable: bool) -> None:
         """The store has answered."""

@@ -1,0 +1,34 @@
+"""How long clients of a held domain wait for a leg before they are told errors."""
+
+from typing import TYPE_CHECKING
+
+import trio
+
+from proxy.failover import PatienceEnded, Phase
+
+if TYPE_CHECKING:
+    from proxy.manager.session import Session
+
+
+class Patience:
+    """That of one session's clients; the domain's policy says how much they have.
+
+    An operator's hold is no part of it, nor is a store that cannot be written: both end without a leg's help.
+    """
+
+    def __init__(self, session: "Session") -> None:
+        self._session = session
+        self._held_since: float | None = None  # on trio's clock
+
+    async def advance(self) -> None:
+        """Have clients told errors, if they have waited for long enough."""
+        machine = self._session.machine
+        if machine.phase is not Phase.HELD or machine.operator_hold:
+            self._held_since = None
+            return
+        now = trio.current_time()
+        if self._held_since is None:
+            self._held_since = now
+        after_s = self._session.domain.domain.no_leg.after_s
+        if after_s is not None and now >= self._held_since + after_s and not machine.failing:
+            await self._session.feed(PatienceEnded())
