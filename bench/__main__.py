@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bench.bitmap import bitmap
+from bench.calm import calm
 from bench.compare import compare
 from bench.errors import BenchError
 from bench.extents import extents
@@ -87,6 +88,7 @@ def _arguments() -> argparse.Namespace:
     failing.add_argument(
         "--deadline-ms", type=int, default=5000, metavar="N", help="of a device (default %(default)s)"
     )
+    command("calm", "Whether anything fails over for nothing on a busy machine.", rounds=1, seconds=600.0)
     command("extents", "Look-up in a map of a million extents against one of three.", rounds=7, seconds=3.0)
     return parser.parse_args()
 
@@ -98,6 +100,8 @@ def _carry_out(arguments: argparse.Namespace, console: Console) -> int:
     elif arguments.command == "failover":
         plan = Plan(arguments.seconds, arguments.backend, arguments.fault, arguments.deadline_ms)
         return 0 if failover(console, arguments.out, plan, rounds=arguments.rounds) else 1
+    elif arguments.command == "calm":
+        return 0 if calm(console, arguments.out, **common) else 1
     else:
         {"bitmap": bitmap, "extents": extents, "resync": resync}[arguments.command](
             console, arguments.out, **common

@@ -325,7 +325,7 @@ Input = (
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """Admit no request to the devices. Answered by Drained, once those that are to ``catch_up`` lag no more."""
+    """Admit no request to the devices. Answered by Drained, once those that are to ``catch_up`` owe nothing more."""
 
     catch_up: tuple[GroupName, ...] = ()
 
@@ -520,8 +520,6 @@ class Failover:
         return self._begin() if self.asynchronous else self._record()
 
     def _hold(self) -> Hold:
-        if not self.asynchronous:
-            return Hold()
         if self.operator_hold:
             return Hold(self.record.attached())
         transition = self._plan()

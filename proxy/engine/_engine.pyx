@@ -183,7 +183,7 @@ cdef void mail_statistics(Core *core, void *arguments) noexcept nogil:
     cdef uint32_t i
     request.counters = core.counters
     request.connections = core.connection_count
-    request.running = core.running - core.probing - ships_running(core, ALL_LEGS) + core.parked.count + core.cramped.count
+    request.running = core.running - errands_running(core, ALL_LEGS) + core.parked.count + core.cramped.count
     request.held = core.held
     request.memory_bytes = core.arena.used_bytes
     request.backlog = core.ships_end - core.ships_first
@@ -878,8 +878,8 @@ cdef class Engine:
     def hold(self, legs=()):
         """Admit no request to the devices; the number of this hold.
 
-        DRAINED with that number tells when those under way are done or parked, and these legs, if they lag, have all
-        that clients were told is written.
+        DRAINED with that number tells when those under way are done or parked, and these legs have answered their
+        probes and, if they lag, have all that clients were told is written.
         """
         cdef uint16_t bits = 0
         for leg_id in legs:

@@ -252,13 +252,13 @@ cdef bint ships_landed(Core *core, uint16_t legs, uint64_t end) noexcept nogil:
             return False
     return True
 
-cdef uint32_t ships_running(Core *core, uint16_t legs) noexcept nogil:
-    """How many of the requests that run are ships to these legs."""
+cdef uint32_t errands_running(Core *core, uint16_t legs) noexcept nogil:
+    """How many of the requests that run concern but one leg, and that one of these: ships and probes."""
     cdef uint32_t count = 0
     cdef uint32_t i
     for i in range(LEG_SLOTS):
         if core.legs[i].in_use and legs & ship_bit(core, &core.legs[i]):
-            count += core.legs[i].shipping
+            count += core.legs[i].shipping + core.legs[i].probing
     return count
 
 cdef uint64_t ships_overlapping(Core *core, Request *request) noexcept nogil:

@@ -167,7 +167,7 @@ cdef struct Request:
     Connection *connection     # NULL: our own
     Copier *copier             # of a COPY
     VerifyStep *step           # of a VERIFY, and of the flush after it
-    Leg *shipping              # of the backlog: the leg it goes to
+    Leg *shipping              # of the backlog, and of a PROBE: the one leg it goes to
     uint64_t token             # of one of our own; of the backlog: its number there
     uint64_t seen              # where the backlog ended when it began, as far as it is concerned
     uint64_t barrier           # and the last flush in it
@@ -308,6 +308,7 @@ cdef struct Leg:
     bint lagging               # it is sent clients' writes after they are answered
     bint behind                # and lacks some that it will not be sent any more
     uint32_t shipping          # in flight to it
+    uint32_t probing           # probes of its devices that are not answered yet
     uint64_t ships_sent        # number of the next to be sent
     uint64_t ships_landed      # number of the first that it has not
     uint64_t ship_bytes        # of disks, that it has yet to get
@@ -510,7 +511,6 @@ cdef struct Core:
     bint drain_reported
     bint stopping
     uint32_t running
-    uint32_t probing           # of them
     uint64_t busy_ns           # when a request last came in
     uint64_t client_ns         # and when a client's did
     uint64_t copy_rate         # bytes a second that a copy may take; 0: all it can

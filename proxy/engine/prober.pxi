@@ -3,7 +3,8 @@
 # A hang is evidence only once something has waited for it. Clients that only read say nothing of a backup, and
 # those that are quiet say nothing of any device, so a leg could be lost long before anybody found out. A probe is
 # a read of the first block, where the label lies; it is judged by the same deadline, the same errors and the same
-# fence as what clients ask for. A medium error is no evidence: a device that answers with one is there.
+# fence as what clients ask for. A medium error is no evidence: a device that answers with one is there. A hold does
+# not wait for probes, but of the leg that is to take over, which might be gone and nobody know it yet.
 
 cdef void probes_check(Core *core) noexcept nogil:
     """At each tick: probe the devices that have not been heard of for too long."""
@@ -38,7 +39,8 @@ cdef void probe(Core *core, Device *device) noexcept nogil:
     request.buffer = buffer
     request.state = RUNNING
     core.running += 1
-    core.probing += 1
+    device.leg.probing += 1
+    request.shipping = device.leg
     request.map = core.map
     core.map.references += 1
     request.phase = READING
@@ -51,5 +53,5 @@ cdef inline bint probe_is_answered(Core *core, Request *request, int32_t error) 
     return request.kind == PROBE and 0 < error < 256 and core.medium_errors[error]
 
 cdef void probe_done(Core *core, Request *request) noexcept nogil:
-    core.probing -= 1
+    request.shipping.probing -= 1
     request_free(core, request)

@@ -274,7 +274,7 @@ cdef void advance(Core *core, Request *request) noexcept nogil:
             finish(core, request, 0)
             return
         if request.failed:
-            if request.rejected or request.shipping != NULL or request.kind == PROBE:
+            if request.rejected or request.shipping != NULL:
                 finish(core, request, request.error)
             else:
                 park(core, request)
@@ -543,6 +543,8 @@ cdef void answer(Core *core, Request *request) noexcept nogil:
             core.replay_longest_ns = waited_ns
     if request.connection != NULL:
         connection_answer(core, request)
+    elif request.kind == PROBE:
+        probe_done(core, request)
     elif request.shipping != NULL:
         ship_done(core, request)
     elif request.copier != NULL:
@@ -553,8 +555,6 @@ cdef void answer(Core *core, Request *request) noexcept nogil:
         dirty_flushed(core, error)
     elif request.kind == REPAIR:
         repair_done(core, request)
-    elif request.kind == PROBE:
-        probe_done(core, request)
     elif request.step != NULL:
         verifier_done(core, request)
     else:
@@ -630,7 +630,7 @@ cdef void settle(Core *core) noexcept nogil:
         request.starved = False
         advance(core, request)
     if (core.held and not core.drain_reported
-            and (core.running == core.probing + ships_running(core, ~core.drain_legs) or sf_mutant(DRAIN_UNAWAITED))
+            and (core.running == errands_running(core, ~core.drain_legs) or sf_mutant(DRAIN_UNAWAITED))
             and (ships_landed(core, core.drain_legs, core.ships_end) or sf_mutant(LAG_UNAWAITED))):
         core.drain_reported = True
         event_put(core, EVENT_DRAINED, 0, 0, 0, core.map.generation if core.map != NULL else 0, core.holds, 0)
@@ -641,7 +641,8 @@ cdef void settle(Core *core) noexcept nogil:
         core.replay_longest_ns = 0
 
 cdef void hold(Core *core, uint16_t legs) noexcept nogil:
-    """Let nothing begin, until release(); DRAINED tells when nothing runs and these legs have all of the backlog."""
+    """Let nothing begin, until release(); DRAINED tells when nothing runs, and these legs owe no answer and no part of
+    the backlog."""
     core.held = True
     core.failing = False
     core.drain_legs = legs

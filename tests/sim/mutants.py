@@ -32,14 +32,17 @@ import proxy.failover
 from proxy.engine import _engine
 from proxy.failover import (
     Effect,
+    FailClients,
     Failover,
     Fence,
+    Hold,
     Input,
     Install,
     Installed,
     LegLost,
     LegRecord,
     MakeDurable,
+    PatienceEnded,
     Phase,
     Recorded,
     RejectParked,
@@ -206,6 +209,22 @@ def _choose_lagging() -> None:
     _replace(Failover, "_usable", usable)
 
 
+def _catch_up_nobody() -> None:
+    _replace(Failover, "_hold", lambda machine: Hold())
+
+
+def _fail_in_part() -> None:
+    def on_patience_ended(machine: Failover, event: Input) -> list[Effect]:
+        if machine.failing or machine.operator_hold:
+            return []
+        machine.failing = True
+        return [FailClients("")]
+
+    table = dict(proxy.failover._TABLE)
+    table[Phase.HELD, PatienceEnded] = on_patience_ended
+    proxy.failover._TABLE = MappingProxyType(table)
+
+
 def _lose_untold() -> None:
     _replace(maps, "lost_ranges", lambda disks, lacking: [])
 
@@ -228,6 +247,11 @@ _PATCHES: Mapping[str, tuple[str, Callable[[], None]]] = MappingProxyType(
         ),
         "LAGGING_LEG_RETURNED": ("a leg that lags and was lost lacks something", _return_lagging),
         "LAGGING_LEG_CHOSEN": ("after a crash a leg that lags lacks something", _choose_lagging),
+        "LAGGING_LEG_NOT_AWAITED": ("who takes over has all of the backlog", _catch_up_nobody),
+        "FAILED_IN_PART": (
+            "what clients are told has failed is on all legs in the end, or on none",
+            _fail_in_part,
+        ),
         "LOSS_UNTOLD": ("all that a failover loses is recorded", _lose_untold),
         "RETURNED_UNPROVEN": ("a leg comes back only when no old write can land on it", _trust_always),
     }

@@ -128,3 +128,15 @@ def test_remote_device_is_probed_over_its_one_stream_and_its_loss_is_told_once()
     rig.pass_time(PROBE_S)
     rig.pump()
     assert rig.engine.statistics().running == 0
+
+
+def test_hold_waits_for_the_answer_of_the_leg_that_is_to_take_over() -> None:
+    rig = rig_of(1, 2, 3)
+    rig.pass_time(PROBE_S)
+    rig.pump()
+    rig.engine.hold((2,))
+    rig.run_leg(3)
+    assert not rig.take_events(EventKind.DRAINED)
+    rig.run_leg(2)
+    assert rig.take_events(EventKind.DRAINED)
+    assert len(probes(rig, 1)) == 1

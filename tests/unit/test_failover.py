@@ -94,7 +94,7 @@ def durable(effects: list[Effect]) -> Record:
 
 def test_lost_active_leg_is_held_fenced_recorded_installed_and_released_in_this_order() -> None:
     machine = serving()
-    assert machine.receive(LegLost("a", GONE)) == [Hold(), Fence("a")]
+    assert machine.receive(LegLost("a", GONE)) == [Hold(("b",)), Fence("a")]
     assert machine.phase is Phase.DRAINING
     effects = machine.receive(Drained())
     assert durable(effects) == record("b", 7, a=OUTDATED, b=UPTODATE)
@@ -107,7 +107,7 @@ def test_lost_active_leg_is_held_fenced_recorded_installed_and_released_in_this_
 
 def test_ordered_switch_fences_nothing_and_keeps_the_old_leg_as_an_up_to_date_backup() -> None:
     machine = serving()
-    assert machine.receive(Ordered("b")) == [Hold()]
+    assert machine.receive(Ordered("b")) == [Hold(("b",))]
     (effect,) = machine.receive(Drained())
     assert isinstance(effect, MakeDurable)
     assert effect.transition.after == record("b", 7)
@@ -183,7 +183,7 @@ def test_loss_of_the_new_active_leg_is_taken_up_before_anything_is_released(lost
     else:
         machine.receive(Recorded())
         assert machine.receive(LegLost("b", GONE)) == []
-        assert machine.receive(Installed()) == [Hold(), Fence("b")]
+        assert machine.receive(Installed()) == [Hold(("c",)), Fence("b")]
         effects = machine.receive(Drained())
     assert durable(effects) == record("c", 8, a=OUTDATED, b=OUTDATED, c=UPTODATE)
     assert not any(isinstance(effect, Release) for effect in effects)
@@ -212,7 +212,7 @@ def test_change_that_the_store_refuses_leaves_the_domain_serving_as_before() -> 
 
 def test_leg_fenced_for_a_failover_that_was_never_recorded_is_not_served_from() -> None:
     machine = serving()
-    assert machine.receive(LegLost("a", GONE)) == [Hold(), Fence("a")]
+    assert machine.receive(LegLost("a", GONE)) == [Hold(("b",)), Fence("a")]
     after(machine, Drained(), RecordFailed("no space"))
     machine.receive(LegLost("b", GONE))
     # The record still says that a is active; but nothing can reach it any more.
@@ -278,9 +278,9 @@ def test_leg_that_was_lost_is_not_taken_for_merely_late() -> None:
 
 def test_late_answer_of_a_backup_lets_it_take_over_from_an_active_leg_that_is_gone() -> None:
     machine = serving()
-    assert machine.receive(LegLost("a", GONE)) == [Hold(), Fence("a")]
+    assert machine.receive(LegLost("a", GONE)) == [Hold(("b",)), Fence("a")]
     assert [type(effect) for effect in machine.receive(LegLost("b", LATE))] == [Stuck]
-    assert machine.receive(Drained()) == [Hold()]
+    assert machine.receive(Drained()) == [Hold(("b",))]
     assert durable(machine.receive(Drained())) == record("b", 7, a=OUTDATED, b=UPTODATE)
 
 
@@ -294,7 +294,7 @@ def test_medium_error_without_another_leg_is_told_to_the_client() -> None:
 
 
 def test_medium_error_with_another_leg_is_a_failover() -> None:
-    assert serving().receive(LegLost("a", BAD_SECTOR)) == [Hold(), Fence("a")]
+    assert serving().receive(LegLost("a", BAD_SECTOR)) == [Hold(("b",)), Fence("a")]
 
 
 def test_error_that_is_not_the_mediums_is_never_told_to_the_client() -> None:
@@ -433,7 +433,7 @@ def test_adoption_takes_a_leg_that_is_not_there_for_lost() -> None:
 def test_adoption_heeds_what_speaks_against_a_leg() -> None:
     machine = Failover(record())
     assert machine.receive(Adopted({"a": GONE}, frozenset("ab"), held=False, generation=5)) == [
-        Hold(),
+        Hold(("b",)),
         Fence("a"),
     ]
 
@@ -494,7 +494,7 @@ def test_active_leg_cannot_be_dismissed() -> None:
 def paused(start: Record | None = None) -> Failover:
     """A machine whose clients the operator has held, under the second record after ``start``."""
     machine = serving(start)
-    assert machine.receive(HoldOrdered()) == [Hold()]
+    assert machine.receive(HoldOrdered()) == [Hold(machine.record.attached())]
     assert after(machine, Drained(), Recorded(), Installed()) == []
     assert (machine.phase, machine.is_held) == (Phase.PAUSED, True)
     return machine
@@ -508,7 +508,7 @@ def test_operators_hold_ends_with_his_release_only() -> None:
 
 def test_leg_lost_in_an_operators_hold_is_failed_over_from_and_nothing_released() -> None:
     machine = paused()
-    assert machine.receive(LegLost("a", GONE)) == [Hold(), Fence("a")]
+    assert machine.receive(LegLost("a", GONE)) == [Hold(("a", "b")), Fence("a")]
     assert durable(machine.receive(Drained())) == record("b", 8, a=OUTDATED, b=UPTODATE)
     assert after(machine, Recorded(), Installed()) == []
     assert machine.phase is Phase.PAUSED
@@ -543,7 +543,7 @@ def test_operators_hold_outlives_manager_and_domain_server(first: Input) -> None
     machine = Failover(record(), operator_hold=True)
     effects = machine.receive(first)
     if not isinstance(first, Started):
-        assert effects == [Hold()]
+        assert effects == [Hold(("a", "b"))]
         machine.receive(Drained())
     assert after(machine, Recorded(), Installed()) == []
     assert machine.phase is Phase.PAUSED
@@ -761,7 +761,7 @@ def test_leg_that_was_late_when_clients_were_told_errors_is_not_trusted_because_
 @pytest.mark.parametrize("returned", ["a", "b"])
 def test_only_the_leg_that_returns_first_counts_after_clients_were_told_errors(returned: str) -> None:
     machine = held(PatienceEnded())
-    assert machine.receive(LegReturned(returned))[0] == Hold()
+    assert isinstance(machine.receive(LegReturned(returned))[0], Hold)
     assert not machine.failing
     machine.receive(Drained())
     machine.receive(Recorded())
