@@ -404,6 +404,9 @@ class Failover:
     _change: Change | None = None
     _resync: bool = False
     _has_served: bool = False
+    # Nobody is served from the record's active leg: that a leg was late can be over when it owes nothing any more, and
+    # what others have yet to get may be more than what the active leg still has when it returns.
+    _awaits_all: bool = True
 
     def receive(self, event: Input) -> list[Effect]:
         """What to do, in order, now that ``event`` has happened.
@@ -478,7 +481,8 @@ class Failover:
             return LegRecord(leg.group, LegState.OUTDATED, blocked=True)
         if self._resync and leg.state is LegState.UPTODATE:
             return LegRecord(leg.group, LegState.SYNCING)
-        wanted = self._change.states.get(leg.group) if self._change else None
+        # One that joins with this change is not there yet.
+        wanted = self._change.states.get(leg.group) if self._change and leg in self.record.legs else None
         if wanted is not None and leg.group not in self.lost and (leg.state, wanted) in _SYNC_STEPS:
             return LegRecord(leg.group, wanted)
         return leg
@@ -498,6 +502,8 @@ class Failover:
         self._held = True
         self.failing = False
         transition = self._plan()
+        if self.phase is Phase.HELD or transition is None:
+            self._awaits_all = True
         if transition is None:
             self.accepted = None
             self.phase = Phase.HELD
@@ -520,7 +526,7 @@ class Failover:
         return self._begin() if self.asynchronous else self._record()
 
     def _hold(self) -> Hold:
-        if self.operator_hold:
+        if self.operator_hold or self._awaits_all:
             return Hold(self.record.attached())
         transition = self._plan()
         return Hold((transition.after.active,) if transition is not None and transition.is_failover else ())
@@ -574,7 +580,7 @@ class Failover:
         is_as_recorded = not stale and not self.lost and event.generation == self.record.generation
         if is_as_recorded and not event.held and not self.operator_hold:
             self.phase = Phase.SERVING
-            self._held = False
+            self._held = self._awaits_all = False
             return []
         effects = self._begin()
         return [effects[0], *stale, *effects[1:]]
@@ -767,6 +773,7 @@ class Failover:
 
     def _on_installed(self, event: Installed) -> list[Effect]:
         self._has_served = True
+        self._awaits_all = False
         if self._lost_matters():
             return self._leave_behind()
         if self.operator_hold:

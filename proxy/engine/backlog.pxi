@@ -290,7 +290,7 @@ cdef void ships_resume(Core *core) noexcept nogil:
     while count:
         count -= 1
         request = list_pop(&core.catching)
-        if not ships_landed(core, ALL_LEGS, request.seen):
+        if not ships_landed(core, request.awaited, request.seen):
             list_push(&core.catching, request)
         elif request.state == RUNNING:
             advance(core, request)

@@ -170,6 +170,7 @@ cdef struct Request:
     Leg *shipping              # of the backlog, and of a PROBE: the one leg it goes to
     uint64_t token             # of one of our own; of the backlog: its number there
     uint64_t seen              # where the backlog ended when it began, as far as it is concerned
+    uint16_t awaited           # legs that must have what was answered before that, a bit each
     uint64_t barrier           # and the last flush in it
     uint64_t cookie
     uint64_t offset            # as asked for, in bytes of the disk

@@ -22,6 +22,11 @@ cdef int32_t repair_source(Map *map) noexcept nogil:
             return <int32_t>i
     return -1
 
+cdef uint16_t repair_leg(Core *core, Map *map) noexcept nogil:
+    """Stands for the leg that ``repair_source`` names; 0: there is none."""
+    cdef int32_t source = repair_source(map)
+    return ship_bit(core, map.legs[source]) if source >= 0 else 0
+
 cdef bint may_reread(Core *core, SubOp *sub, int32_t error) noexcept nogil:
     """Whether a sub-operation that failed is a read of the active leg that a backup can stand in for."""
     cdef Request *request = sub.request

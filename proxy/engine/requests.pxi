@@ -82,9 +82,10 @@ cdef void start(Core *core, Request *request) noexcept nogil:
     if request.state != CATCHING:
         request.barrier = core.ship_barrier
         request.seen = core.ships_end
+        request.awaited = ALL_LEGS
         if ships_matter(request) and request.kind != FLUSH:
             request.seen = ships_overlapping(core, request)
-    if ships_matter(request) and not ships_landed(core, ALL_LEGS, request.seen) and not sf_mutant(LAG_UNAWAITED):
+    if ships_matter(request) and not ships_landed(core, request.awaited, request.seen) and not sf_mutant(LAG_UNAWAITED):
         request.state = CATCHING
         ships_await(core, request)
         return
@@ -285,8 +286,9 @@ cdef void advance(Core *core, Request *request) noexcept nogil:
             return
         if request.rereading:
             request.seen = ships_overlapping(core, request)
-            if not ships_landed(core, ALL_LEGS, request.seen):
-                ships_await(core, request)  # until then what a backup has may be older
+            request.awaited = repair_leg(core, request.map)
+            if not ships_landed(core, request.awaited, request.seen):
+                ships_await(core, request)  # until then what the backup has may be older
                 return
             if not reread(core, request):
                 park(core, request)  # the backup is on its way out of the map; the next one decides
@@ -473,7 +475,7 @@ cdef void subop_end(Core *core, SubOp *sub, int32_t error) noexcept nogil:
         leg_check_closed(core, device.leg)
         return
     request.outstanding -= 1
-    if error and not device.leg.fenced:
+    if error and not device.leg.fenced and not probe_is_answered(core, request, error):
         device.errors += 1
         device.error = error
     if rereads:

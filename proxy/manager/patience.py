@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from proxy.failover import PatienceEnded, Phase
+from proxy.failover import EvidenceKind, PatienceEnded, Phase
 
 if TYPE_CHECKING:
     from proxy.manager.session import Session
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 class Patience:
     """That of one session's clients; the domain's policy says how much they have.
 
-    An operator's hold is no part of it, nor is a store that cannot be written: both end without a leg's help.
+    An operator's hold is no part of it, nor is a store that cannot be written: both end without a leg's help. A leg
+    that is only late has one more deadline to answer in.
     """
 
     def __init__(self, session: "Session") -> None:
@@ -30,5 +31,10 @@ class Patience:
         if self._held_since is None:
             self._held_since = now
         after_s = self._session.domain.domain.no_leg.after_s
-        if after_s is not None and now >= self._held_since + after_s and not machine.failing:
+        if after_s is None or machine.failing:
+            return
+        if all(evidence.kind is EvidenceKind.DEADLINE for evidence in machine.lost.values()):
+            # Errors would cost a leg that is only late what it is about to answer; it may need longer every time.
+            after_s = max(after_s, self._session.settings.deadline_ms / 1000)
+        if now >= self._held_since + after_s:
             await self._session.feed(PatienceEnded())

@@ -240,7 +240,7 @@ class Supervisor:
                 uuid,
                 self.directory,
                 deadline_ms=self._settings.deadline_ms,
-                probe_ms=round(self._settings.probe_interval_s * 1000),
+                probe_ms=math.ceil(self._settings.probe_interval_s * 1000),
             )
         try:
             link = await self._connect(running)

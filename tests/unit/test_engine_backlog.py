@@ -511,3 +511,16 @@ def test_other_leg_is_always_what_the_active_one_could_be_after_a_loss_of_power(
                 assert found in places and found >= earlier, f"{number} is there and {earlier} is not"
     rig.run()
     assert rig.legs[2].read(0, SIZE) == rig.legs[1].read(0, SIZE)
+
+
+def test_read_that_is_repaired_waits_for_no_other_leg_than_the_one_it_is_read_from() -> None:
+    rig, client = rig_of(1, 3, 2)
+    write(rig, client, 0, pattern(BLOCK, 5))
+    rig.run_leg(3)
+    read = client.read(0, BLOCK)
+    rig.pump()
+    rig.fail(rig.op(1), errno.EIO)
+    rig.pump()
+    rig.run_leg(3)
+    assert client.replies[read].payload == pattern(BLOCK, 5)
+    assert rig.file_ops(2)

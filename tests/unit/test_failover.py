@@ -220,7 +220,7 @@ def test_leg_fenced_for_a_failover_that_was_never_recorded_is_not_served_from() 
     assert [type(effect) for effect in effects] == [Stuck]
     assert machine.phase is Phase.HELD
     assert set(machine.lost) == {"a", "b"}
-    assert machine.receive(LegReturned("a"))[0] == Hold()
+    assert machine.receive(LegReturned("a"))[0] == Hold(("a", "b"))
     assert durable(machine.receive(Drained())) == record("a", 7, a=UPTODATE, b=OUTDATED)
 
 
@@ -232,7 +232,7 @@ def test_last_leg_lost_is_held_and_the_record_keeps_it_active() -> None:
     effects = machine.receive(LegLost("a", GONE))
     assert [type(effect) for effect in effects] == [Hold, Stuck]
     assert machine.phase is Phase.HELD
-    assert machine.receive(LegReturned("a")) == [Hold()]
+    assert machine.receive(LegReturned("a")) == [Hold(("a",))]
     assert durable(machine.receive(Drained())) == record("a", 7, a=UPTODATE, b=OUTDATED)
 
 
@@ -256,7 +256,7 @@ def test_whichever_of_two_lost_legs_returns_first_serves(returned: str) -> None:
 def test_late_answer_of_the_only_leg_ends_the_hold() -> None:
     machine = serving(record(a=UPTODATE))
     assert [type(effect) for effect in machine.receive(LegLost("a", LATE))] == [Hold, Stuck]
-    assert machine.receive(Drained()) == [Hold()]
+    assert machine.receive(Drained()) == [Hold(("a",))]
     assert durable(machine.receive(Drained())) == record("a", 7, a=UPTODATE)
 
 
@@ -280,7 +280,7 @@ def test_late_answer_of_a_backup_lets_it_take_over_from_an_active_leg_that_is_go
     machine = serving()
     assert machine.receive(LegLost("a", GONE)) == [Hold(("b",)), Fence("a")]
     assert [type(effect) for effect in machine.receive(LegLost("b", LATE))] == [Stuck]
-    assert machine.receive(Drained()) == [Hold(("b",))]
+    assert machine.receive(Drained()) == [Hold(("a", "b"))]
     assert durable(machine.receive(Drained())) == record("b", 7, a=OUTDATED, b=UPTODATE)
 
 
@@ -414,14 +414,14 @@ def test_adoption_of_a_server_that_serves_as_recorded_does_nothing() -> None:
 )
 def test_adoption_of_a_server_in_the_middle_of_something_begins_anew(found: Adopted) -> None:
     machine = Failover(record())
-    assert machine.receive(found) == [Hold()]
+    assert machine.receive(found) == [Hold(("a", "b"))]
     assert durable(machine.receive(Drained())) == record("a", 6)
 
 
 def test_adoption_fences_what_the_record_does_not_attach() -> None:
     machine = Failover(record("b", a=OUTDATED, b=UPTODATE))
     effects = machine.receive(Adopted({}, frozenset("ab"), held=True, generation=4))
-    assert effects == [Hold(), Fence("a")]
+    assert effects == [Hold(("b",)), Fence("a")]
 
 
 def test_adoption_takes_a_leg_that_is_not_there_for_lost() -> None:
@@ -433,7 +433,7 @@ def test_adoption_takes_a_leg_that_is_not_there_for_lost() -> None:
 def test_adoption_heeds_what_speaks_against_a_leg() -> None:
     machine = Failover(record())
     assert machine.receive(Adopted({"a": GONE}, frozenset("ab"), held=False, generation=5)) == [
-        Hold(("b",)),
+        Hold(("a", "b")),
         Fence("a"),
     ]
 
@@ -646,7 +646,7 @@ def test_asynchronous_backup_is_dropped_without_a_hold() -> None:
 def test_asynchronous_backup_dropped_as_the_active_leg_is_lost_is_not_gone_to() -> None:
     machine = lagging(LegLost("b", BEHIND), LegLost("a", GONE), Recorded())
     hold, stuck = machine.receive(Installed())
-    assert (hold, type(stuck), machine.phase) == (Hold(), Stuck, Phase.HELD)
+    assert (hold, type(stuck), machine.phase) == (Hold(("a",)), Stuck, Phase.HELD)
     assert machine.is_held
 
 
