@@ -81,6 +81,7 @@ cdef struct StatisticsMail:
     uint64_t memory_bytes
     uint64_t backlog
     uint32_t behind
+    uint32_t waited_for
 
 cdef struct DevicesMail:
     Leg *leg
@@ -189,6 +190,9 @@ cdef void mail_statistics(Core *core, void *arguments) noexcept nogil:
     request.backlog = core.ships_end - core.ships_first
     request.generation = 0
     request.behind = 0
+    request.waited_for = 0
+    for i in range(REQUESTS_MAX):
+        request.waited_for += core.requests[i].connection != NULL and core.requests[i].state != IDLE
     if core.map != NULL:
         request.generation = core.map.generation
         for i in range(core.map.leg_count):
@@ -987,7 +991,7 @@ cdef class Engine:
         return Statistics(
             s.reads, s.writes, s.flushes, s.trims, s.zeroes, s.read_bytes, s.written_bytes, s.errors, s.refused,
             s.waited, s.parked, s.replayed, s.late, m.connections, m.running, m.held, m.generation, m.memory_bytes,
-            s.read_repairs, m.backlog, m.behind)
+            s.read_repairs, m.backlog, m.behind, m.waited_for)
 
     def device_statistics(self, int64_t leg_id):
         """Counters of each device of a leg, in order, between two batches."""

@@ -126,7 +126,7 @@ class Statistics(NamedTuple):
     """Counters of the engine since it began.
 
     ``running`` requests are clients' and its own; ``backlog`` is how many writes lagging legs have yet to get, and
-    ``behind`` how many legs of the map will not get all of it.
+    ``behind`` how many legs of the map will not get all of it; clients wait for ``waited_for`` requests, of any state.
     """
 
     reads: int
@@ -150,6 +150,7 @@ class Statistics(NamedTuple):
     read_repairs: int
     backlog: int
     behind: int
+    waited_for: int
 
 
 class Mismatch(NamedTuple):

@@ -36,5 +36,9 @@ class Patience:
         if all(evidence.kind is EvidenceKind.DEADLINE for evidence in machine.lost.values()):
             # Errors would cost a leg that is only late what it is about to answer; it may need longer every time.
             after_s = max(after_s, self._session.settings.deadline_ms / 1000)
-        if now >= self._held_since + after_s:
+        if now < self._held_since + after_s:
+            return
+        # With nobody to be told, the legs keep what they are about to answer.
+        status = await self._session.link.call("status")
+        if status["statistics"]["waited_for"]:
             await self._session.feed(PatienceEnded())

@@ -429,17 +429,17 @@ class ServerStream:
     """A connection of an engine to a device that is an NBD server; both ends of it.
 
     Args:
-        reading: called with the offset when the engine sends a READ.
+        asked: called with each command that the engine sends, and its offset.
 
     Attributes:
         is_fenced: whatever it reads from now on is of no meaning, and is made to show it.
     """
 
-    def __init__(self, device: Device, engine: SimulatedEngine, reading: Callable[[int], None]) -> None:
+    def __init__(self, device: Device, engine: SimulatedEngine, asked: Callable[[int, int], None]) -> None:
         self.device = device
         self.engine = engine
         self.is_fenced = False
-        self._reading = reading
+        self._asked = asked
         self._sent = RequestReader()
         self._sent_bytes = 0
         self._accepted_bytes = 0
@@ -465,8 +465,7 @@ class ServerStream:
             self._send = op
             data = self.engine.data(op.number)
             for request in self._sent.feed(data[self._sent_bytes - self._accepted_bytes :]):
-                if request.command == Command.READ:
-                    self._reading(request.offset)
+                self._asked(request.command, request.offset)
             self._sent_bytes = self._accepted_bytes + len(data)
             self._agenda.soon(self._accept, self.device.pace_ns)
 

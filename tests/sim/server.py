@@ -45,6 +45,7 @@ from tests.sim.groups import Group
 from tests.sim.history import Operation, Violation
 from tests.sim.opened import OpenedDevice, reach
 from tests.sim.rig import new_descriptor
+from tests.sim.wire import Command
 
 TICK_NS = 60 * MILLISECOND_NS
 
@@ -409,7 +410,9 @@ class DomainServer:
             self._seen = op.number
             note = self._notes_by_fd.get(op.fd)
             if note is not None and op.kind is not OpKind.RECEIVE:
-                self._check_leg(note, op.kind, op.offset)
+                self._check_leg(note, op.kind)
+                if op.kind is not OpKind.SEND:
+                    self._check_operation(note, op.offset, is_read=op.kind is OpKind.READ)
             end = self._ends.get(op.fd)
             if end is None:
                 raise Violation(f"a {op.kind.name} goes to a descriptor that was given back")
@@ -441,21 +444,24 @@ class DomainServer:
             if not any(isinstance(end, ServerStream) and end.is_dead for end in note.ends.values()):
                 note.told = note.overdue = False
 
-    def _check_leg(self, note: LegNote, kind: OpKind, offset: int) -> None:
+    def _check_leg(self, note: LegNote, kind: OpKind) -> None:
         name = note.group.name
         if note.fenced:
             raise Violation(f"a {kind.name} goes to group {name} after it was fenced")
-        is_probe = kind is OpKind.READ and offset < LABEL_SIZE  # the rest of one that was cut short
-        if self.is_drained and (note.caught_up or kind is OpKind.READ) and not is_probe:
-            raise Violation(f"a {kind.name} goes to group {name} while the domain holds and nothing runs")
         if name not in self.around.record().attached():
             raise Violation(f"a {kind.name} goes to group {name}, which takes no part by the record")
-        if kind is OpKind.READ:
-            self._check_read(name, offset)
 
-    def _check_read(self, name: str, offset: int) -> None:
-        if offset < LABEL_SIZE:
+    def _check_command(self, descriptor: int, command: int, offset: int) -> None:
+        self._check_operation(self._notes_by_fd[descriptor], offset, is_read=command == Command.READ)
+
+    def _check_operation(self, note: LegNote, offset: int, *, is_read: bool) -> None:
+        name = note.group.name
+        if is_read and offset < LABEL_SIZE:
             self.agenda.count("probes")
+            return
+        if self.is_drained and (note.caught_up or is_read):
+            raise Violation(f"group {name} is asked for something while the domain holds and nothing runs")
+        if not is_read:
             return
         record = self.around.record()
         if record.leg(name).state is not LegState.UPTODATE:
@@ -554,7 +560,7 @@ class DomainServer:
         def taken(descriptor: int, device: Device) -> None:
             if device.remote:
                 self._ends[descriptor] = ServerStream(
-                    device, self.engine, partial(self._check_read, group.name)
+                    device, self.engine, partial(self._check_command, descriptor)
                 )
             else:
                 self._ends[descriptor] = device.lock = FileHandle(device, self.engine)
