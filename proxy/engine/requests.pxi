@@ -522,6 +522,8 @@ cdef void finish(Core *core, Request *request, int32_t error) noexcept nogil:
                 and request.connection != NULL and not error):
             ship(core, request)
         leave(core, request)
+    if core.failing and request.connection != NULL and request.kind != READ and not error:
+        error = EIO  # done, but on which legs is not recorded: nothing is acknowledged while the domain holds
     request.state = FINISHED
     request.error = error
     unclaim(core, request)

@@ -136,3 +136,13 @@ def test_clients_that_are_served_are_told_no_errors() -> None:
     rig, _ = rig_of_two()
     with pytest.raises(RuntimeError, match="being served"):
         rig.engine.fail_clients()
+
+
+def test_write_that_ends_well_after_all_is_not_acknowledged() -> None:
+    rig, client = rig_of_two()
+    write = client.write(0, pattern(BLOCK, 1))
+    rig.pump()
+    rig.engine.hold()
+    rig.engine.fail_clients()  # with no leg fenced: it is not for us to say that the record may stay as it is
+    rig.run()
+    assert client.error(write) == errno.EIO
