@@ -259,7 +259,7 @@ def test_commands_in_order_take_a_domain_through_its_life(own: Place) -> None:
     assert own.ok("failback", "vol1").startswith("domain vol1: active is alpha now")
     assert own.ok("failover", "vol1", "--to", "beta").startswith("domain vol1: active is beta now")
     assert own.ok("domain", "set", "vol1", "--failback", "90") == (
-        "domain vol1: failback is 90, accept-loss is manual now\n"
+        "domain vol1: failback is 90, accept-loss is manual, no-leg is hold now\n"
     )
     assert "90 s after the preferred leg is uptodate" in own.ok("domain", "show", "vol1")
 
