@@ -56,16 +56,22 @@ def filters(fault: Fault, trigger: Path) -> list[str]:
 @contextmanager
 def injected(fault: Fault, victim: Victim) -> Iterator[None]:
     """The fault lasts as long as the context; afterwards the server answers again. Raises BenchError."""
+    with _lasting(fault, victim):
+        yield
+    # Whatever it was: nbdkit does not always survive a client that is gone with writes under way.
+    victim.server.kill()
+    victim.server.start()
+
+
+@contextmanager
+def _lasting(fault: Fault, victim: Victim) -> Iterator[None]:
     match fault:
         case Fault.KILL:
             victim.server.kill()
             yield
-            victim.server.start()
         case Fault.HANG:
             os.kill(victim.server.pid, signal.SIGSTOP)
             yield
-            victim.server.kill()
-            victim.server.start()
         case Fault.RESET:
             _run("ss", "--kill", "--no-header", "--tcp", f"( sport = :{victim.port} )")
             yield
@@ -77,9 +83,6 @@ def injected(fault: Fault, victim: Victim) -> Iterator[None]:
                 yield
             finally:
                 _run("nft", "delete", "table", "inet", _TABLE)
-            # nbdkit does not always survive a client that is gone with writes under way.
-            victim.server.kill()
-            victim.server.start()
         case Fault.EIO:
             victim.trigger.touch()
             try:
