@@ -119,6 +119,18 @@ class Site:
         self.devices[name].kill()
         self.devices[name].wait()
 
+    async def stop_device(self, name: str) -> None:
+        """Have a device hang; returns once none of its threads can answer anything any more."""
+        process = self.devices[name]
+        process.send_signal(signal.SIGSTOP)
+        with trio.fail_after(20):
+            # The signal is taken by one thread, which stops the others as soon as it is its turn.
+            while any(
+                stat.read_text().rpartition(")")[2].split()[0] != "T"
+                for stat in Path(f"/proc/{process.pid}/task").glob("*/stat")
+            ):
+                await trio.sleep(0.001)
+
     # --- Orders -----------------------------------------------------------------------------------
 
     async def order(self, method: str, path: str, **body: Any) -> Any:

@@ -198,7 +198,7 @@ async def test_manager_killed_while_an_unclean_domain_waits_to_start_the_next_re
     async with started("deadline_ms = 20000\nquarantine_s = 0.6\n") as made:
         await made.make(disk_size="10M")
         await write(made, letter("A"))
-        made.devices["beta1"].send_signal(signal.SIGSTOP)
+        await made.stop_device("beta1")
         before = made.server_pid("vol1")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(write, made, letter("B"))
@@ -241,7 +241,7 @@ async def test_quarantine_outlasts_a_stop_and_start_of_the_domain() -> None:
     quarantine_s = 0.6
     async with started(f"deadline_ms = 300\nquarantine_s = {quarantine_s}\n") as made:
         await made.make(disk_size="10M")
-        made.devices["alpha1"].send_signal(signal.SIGSTOP)
+        await made.stop_device("alpha1")
         await write(made, letter("Z"))
         assert (await made.show())["active"] == "beta"
         await made.stop()
@@ -378,7 +378,7 @@ async def test_failover_while_another_leg_hangs_in_its_opening_is_not_kept_waiti
 async def test_resync_device_that_does_not_answer_is_refused_and_can_be_tried_again() -> None:
     async with started(QUICK) as made:
         await made.make(disk_size="10M")
-        made.devices["alpha1"].send_signal(signal.SIGSTOP)
+        await made.stop_device("alpha1")
         await write(made, letter("A"))
         for _ in range(2):
             assert "alpha cannot be synced" in await made.refused("POST", "/domains/vol1/resync")
@@ -526,7 +526,7 @@ async def test_group_two_urls_of_one_export_is_refused_and_the_device_left_as_it
 async def test_failover_ordered_to_a_leg_lost_on_the_way_is_refused() -> None:
     async with started("deadline_ms = 1000\nquarantine_s = 0.3\n") as made:
         await made.make(disk_size="10M")
-        made.devices["beta1"].send_signal(signal.SIGSTOP)
+        await made.stop_device("beta1")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(write, made, letter("A"))
             await wait_in_flight(made, alpha=0, beta=1)

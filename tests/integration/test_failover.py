@@ -177,7 +177,7 @@ async def test_failover_device_stopped_is_fenced_at_its_deadline_and_trusted_aft
     async with site(settings=QUICK) as made:
         await made.make()
         async with witnessed(made) as witness:
-            made.devices["alpha1"].send_signal(signal.SIGSTOP)
+            await made.stop_device("alpha1")
             shown = await made.wait_active("vol1", "beta")
             assert "did not answer in time" in shown["last_failover"]["reason"]
             shown = await made.wait("vol1", lambda shown: shown["last_failover"]["stall_ms"] is not None)
@@ -214,7 +214,7 @@ async def test_held_single_leg_stopped_goes_on_when_it_answers() -> None:
         await made.order("POST", "/domains", name="vol1", size="40M", active="alpha")
         await made.order("POST", "/domains/vol1/disks", name="disk1", size="40M")
         async with witnessed(made):
-            made.devices["alpha1"].send_signal(signal.SIGSTOP)
+            await made.stop_device("alpha1")
             await made.wait("vol1", lambda shown: shown["state"] == "held")
             made.devices["alpha1"].send_signal(signal.SIGCONT)
             await made.wait("vol1", lambda shown: shown["state"] == "online")

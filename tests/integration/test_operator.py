@@ -220,7 +220,7 @@ async def test_migrate_source_lost_meanwhile_goes_on_and_clients_stay_where_they
     async with site(settings=QUICK) as made:
         await made.make(disk_size="40M")
         await add_gamma(made, server="nbdkit")
-        made.devices["gamma1"].send_signal(signal.SIGSTOP)
+        await made.stop_device("gamma1")
         async with witnessed(made):
             await made.order("POST", "/domains/vol1/migrate", to="gamma")
             made.kill_device("alpha1")

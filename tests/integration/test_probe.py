@@ -17,7 +17,7 @@ async def test_device_that_hangs_is_found_although_no_client_is_there(device: st
     group = device[:-1]
     async with site(settings=QUICK + "probe_interval_s = 0.2\n") as made:
         await made.make()
-        made.devices[device].send_signal(signal.SIGSTOP)
+        await made.stop_device(device)
         shown = await made.wait("vol1", lambda shown: shown["state"] == "degraded")
         leg = next(leg for leg in shown["legs"] if leg["group"] == group)
         assert (leg["state"], shown["active"]) == ("outdated", active)

@@ -41,7 +41,7 @@ async def test_short_deadline_stopped_device_is_failed_over_and_a_healthy_one_ne
             assert healthy["map_generation"] == before["map_generation"]
             assert (await made.events())[told:] == []
 
-            made.devices["alpha1"].send_signal(signal.SIGSTOP)
+            await made.stop_device("alpha1")
             after = await made.wait_active("vol1", "beta")
             assert "did not answer in time" in after["last_failover"]["reason"]
             assert after["legs"][0]["devices"][0]["url"] in after["last_failover"]["reason"]
