@@ -103,7 +103,7 @@ cdef enum:  # EventKind
     EVENT_DEVICE_LOST          # leg, device, code: errno, a: sub-operations whose fate is unknown
     EVENT_DEADLINE_MISSED      # leg, device, a: age in ns
     EVENT_LEG_DRAINED          # leg: every sub-operation ever sent to it has completed
-    EVENT_DRAINED              # nothing runs: all is finished, held, waiting or parked; a: number of the hold
+    EVENT_DRAINED              # nothing runs but errands to legs that the hold is not for; a: number of the hold
     EVENT_REPLAYED             # a: requests that were held or parked, b: the longest of them, ns
     EVENT_COPIED               # leg: equal to the active one (code 0) or given up (code: errno); a: bytes
     EVENT_DONE                 # a: token of the engine's own request, code: errno
@@ -508,7 +508,7 @@ cdef struct Core:
     bint held
     uint64_t holds             # how often it was told to hold: DRAINED says of which
     bint failing               # held, and clients are not kept waiting: they are told errors
-    uint16_t drain_legs        # legs that are to have all of the backlog before DRAINED, a bit each
+    uint16_t drain_legs        # legs that the hold is for: DRAINED waits for their backlog and probes; a bit each
     bint drain_reported
     bint stopping
     uint32_t running

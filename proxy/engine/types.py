@@ -36,7 +36,7 @@ class EventKind(IntEnum):
     DEVICE_LOST = 2  # leg, device, code: errno, generation, a: operations of unknown fate
     DEADLINE_MISSED = 3  # leg, device, code: errno, generation, a: age in ns
     LEG_DRAINED = 4  # leg, a: operations of unknown fate (0: every one ever sent has completed)
-    DRAINED = 5  # generation, a: number of the hold; nothing runs any more
+    DRAINED = 5  # generation, a: number of the hold; nothing runs but errands to legs that it is not for
     REPLAYED = 6  # generation, a: requests that were held or parked, b: the longest of them, ns
     COPIED = 7  # leg, code: 0 when it equals the active one now, generation, a: bytes copied
     DONE = 8  # a: token, code: errno
